@@ -1,0 +1,1 @@
+"""Whole experiments. They import sanitize; nothing imports them."""

@@ -1,0 +1,299 @@
+"""Settings: one frozen dataclass per command, and strict YAML loading. `__post_init__` only checks."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import yaml
+
+from sanitize import storage
+from sanitize.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """The encoder under test, as its YAML file describes it.
+
+    architecture: resnet18 | resnet34 | resnet50 (ImageNet stem), the same with "-cifar" (3x3 stem, no max-pool),
+                  timm:<name>, or exported:<file.pt2>
+    weights:      safetensors or a weights-only PyTorch file; not used by exported:
+    image_size:   side of the square input in pixels; mean, std: per channel, for pixels in [0, 1]
+    resize:       "squash" shows the whole picture, "crop" its central square
+    width, stem_stride: of small ResNets made for tests; 64 and 1 are the published ones
+    """
+
+    architecture: str
+    weights: str = ""
+    image_size: int = 224
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    resize: str = "squash"
+    width: int = 64
+    stem_stride: int = 1
+
+    def __post_init__(self) -> None:
+        check(1 <= self.image_size <= 4096, f"image_size: {self.image_size} is not between 1 and 4096 pixels.")
+        check(self.resize in ("squash", "crop"), f"resize: {self.resize!r} is not 'squash' or 'crop'.")
+        check(len(self.mean) == 3 and len(self.std) == 3, "mean and std: give three numbers each, for red, green, blue.")
+        check(min(self.std) > 0, "std: every value must be above 0.")
+        check(self.width >= 1 and self.stem_stride in (1, 2), "width must be at least 1, stem_stride 1 or 2.")
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of the DeDe decoder (methods card section 2).
+
+    image_size: side of the picture it reconstructs, in pixels; patch_size divides it
+    width, heads, encoder_depth, decoder_depth: of the transformer blocks
+    standardize_embedding: centre and scale embeddings by their statistics on the auxiliary set; the paper feeds them raw
+    """
+
+    image_size: int = 8
+    patch_size: int = 2
+    width: int = 128
+    heads: int = 4
+    encoder_depth: int = 2
+    decoder_depth: int = 2
+    standardize_embedding: bool = True
+
+    def __post_init__(self) -> None:
+        check(
+            self.patch_size >= 1 and self.image_size % self.patch_size == 0,
+            f"decoder.patch_size: {self.patch_size} does not divide decoder.image_size {self.image_size}.",
+        )
+        check(
+            self.heads >= 1 and self.width % self.heads == 0,
+            f"decoder.heads: {self.heads} does not divide decoder.width {self.width}.",
+        )
+        check(self.encoder_depth >= 0 and self.decoder_depth >= 1, "decoder depths: encoder >= 0, decoder >= 1.")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How the decoder is fitted. mask_ratio_min..max: a ratio is drawn for every batch; the test condition is 0.99."""
+
+    epochs: int = 30
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-6
+    mask_ratio_min: float = 0.75
+    mask_ratio_max: float = 1.0
+    schedule: str = "cosine"
+    calibration_fraction: float = 0.2
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        check(self.epochs >= 1 and self.batch_size >= 1, "training.epochs and training.batch_size must be at least 1.")
+        check(self.learning_rate > 0, f"training.learning_rate: {self.learning_rate} is not above 0.")
+        check(
+            0 < self.mask_ratio_min <= self.mask_ratio_max <= 1,
+            "training.mask_ratio_min and mask_ratio_max: 0 < min <= max <= 1.",
+        )
+        check(self.schedule in ("cosine", "constant"), f"training.schedule: {self.schedule!r} is not cosine or constant.")
+        check(0 < self.calibration_fraction < 1, "training.calibration_fraction must be between 0 and 1.")
+        check_precision(self.precision)
+
+
+def check_precision(precision: str) -> None:
+    check(precision in ("auto", "bf16", "fp32"), f"precision: {precision!r} is not auto, bf16 or fp32.")
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """`sanitize fit`: auxiliary shards + encoder → detector folder."""
+
+    shards: tuple[str, ...]
+    encoder: EncoderSpec
+    out: str = "detector"
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    scorer: str = "lowres"
+    test_mask_ratio: float = 1.0
+    seed: int = 21
+    image_member: str = ""
+    limit: int = 0  # use at most this many auxiliary images; 0 = all
+    workers: int = -1  # -1 = as many as the machine has room for, 0 = this process, without Ray
+    gpus_per_worker: float = -1.0
+    cpus_per_worker: int = 0
+    batch_size: int = 256
+    address: str = ""
+
+    def __post_init__(self) -> None:
+        check(self.scorer in ("lowres", "paper"), f"scorer: {self.scorer!r} is not lowres or paper.")
+        check(0 < self.test_mask_ratio <= 1, "test_mask_ratio: must be above 0 and at most 1.")
+        check(self.limit >= 0 and self.batch_size >= 1, "limit must be >= 0 and batch_size >= 1.")
+
+
+@dataclass(frozen=True)
+class ThresholdPolicy:
+    """How scores become decisions; see stages/thresholds.py."""
+
+    policy: str = "calibrated"  # calibrated | fdr | fraction | absolute | robust
+    fpr: float = 0.01  # calibrated: share of clean images that may be lost; fdr: share of false alarms among the removed
+    fraction: float = 0.01  # fraction: share of the samples to remove
+    threshold: float = 0.0  # absolute: remove scores above it
+    mad: float = 6.0  # robust: remove scores above median + mad * (scaled median absolute deviation)
+    keep_unscored: bool = False
+
+    def __post_init__(self) -> None:
+        names = ("calibrated", "fdr", "fraction", "absolute", "robust")
+        check(self.policy in names, f"policy: {self.policy!r} is not one of {', '.join(names)}.")
+        check(0 < self.fpr < 1, f"fpr: {self.fpr} is not between 0 and 1.")
+        check(0 <= self.fraction <= 1, f"fraction: {self.fraction} is not between 0 and 1.")
+        check(self.mad > 0, f"mad: {self.mad} is not above 0.")
+
+
+@dataclass(frozen=True)
+class ScanConfig:
+    """`sanitize scan`: shards + detector → scan folder."""
+
+    shards: tuple[str, ...]
+    detector: str = "detector"
+    out: str = "scanned"
+    encoder: EncoderSpec | None = None  # default: the one the detector names
+    policy: ThresholdPolicy = field(default_factory=ThresholdPolicy)
+    scores_only: bool = False
+    force: bool = False
+    image_member: str = ""
+    batch_size: int = 256
+    precision: str = "auto"
+    workers: int = -1
+    gpus_per_worker: float = -1.0
+    cpus_per_worker: int = 0
+    address: str = ""
+
+    def __post_init__(self) -> None:
+        check(self.batch_size >= 1, f"batch_size: {self.batch_size} is not at least 1.")
+        check_precision(self.precision)
+
+
+# ---------------------------------------------------------------- YAML
+
+
+def load_yaml(path: str) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(storage.read_bytes(path))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}). Correct that line.") from None
+    check(isinstance(value, dict), f"{path}: holds {type(value).__name__}, settings were expected (key: value).")
+    return typing.cast(dict[str, Any], value)
+
+
+def load_encoder_spec(path: str) -> EncoderSpec:
+    """Read an encoder YAML; relative weight files are looked for beside it."""
+    spec = from_mapping(EncoderSpec, load_yaml(path), path)
+    folder = path.rsplit("/", 1)[0] if "/" in path else "."
+
+    def beside(name: str) -> str:
+        if not name or name.startswith("/") or not storage.is_local(name):
+            return name
+        return storage.absolute(storage.join(folder, name)) if storage.is_local(path) else storage.join(folder, name)
+
+    architecture = spec.architecture
+    if architecture.startswith("exported:"):
+        architecture = "exported:" + beside(architecture.removeprefix("exported:"))
+    return dataclasses.replace(spec, architecture=architecture, weights=beside(spec.weights))
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """A config dataclass from plain values. Unknown keys and wrong types are errors that name the key."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - set(fields)):
+        raise ConfigError(f"{where}: unknown key {', '.join(map(repr, unknown))}. Known keys: {', '.join(fields)}.")
+    hints = typing.get_type_hints(cls)
+    converted = {name: _convert(hints[name], value, f"{where}: {name}") for name, value in values.items()}
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    check(not missing, f"{where}: missing {', '.join(missing)}.")
+    try:
+        return cls(**converted)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(option for option in hint.__args__ if option is not type(None))
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if isinstance(value, hint):
+            return value
+        check(isinstance(value, dict), f"{where} holds {value!r}, a block of settings was expected.")
+        return from_mapping(hint, value, where)
+    if typing.get_origin(hint) is tuple:
+        check(isinstance(value, list | tuple), f"{where} holds {value!r}, a list was expected.")
+        return tuple(_convert(typing.get_args(hint)[0], item, where) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    check(right, f"{where} holds {value!r}, {hint.__name__} was expected.")
+    return value
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """The plain values of a config, as JSON and YAML hold them."""
+    values = dataclasses.asdict(config)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+# ---------------------------------------------------------------- presets
+
+# "default": low-resolution decoder. "paper": methods card sections 2-4 (the reference's shapes, schedule and ratios).
+FIT_PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "scorer": "paper",
+        "test_mask_ratio": 0.99,
+        "decoder": {
+            "image_size": 32,
+            "patch_size": 4,
+            "width": 192,
+            "heads": 3,
+            "encoder_depth": 12,
+            "decoder_depth": 4,
+            "standardize_embedding": False,
+        },
+        "training": {
+            "epochs": 200,
+            "batch_size": 256,
+            "learning_rate": 1e-3,
+            "weight_decay": 1e-6,
+            "mask_ratio_min": 0.9,
+            "mask_ratio_max": 0.9,
+            "schedule": "constant",
+        },
+    },
+}
+
+
+def overlay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, blocks merged key by key; neither is changed."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = overlay(merged[key], value) if both else value
+    return merged
+
+
+def preset(name: str) -> dict[str, Any]:
+    check(name in FIT_PRESETS, f"preset {name!r} is not known. Use one of {', '.join(FIT_PRESETS)}.")
+    return FIT_PRESETS[name]

@@ -1,0 +1,243 @@
+"""`sanitize fit`: auxiliary shards + encoder → detector folder.
+
+embed (once per image, cached by shard) → split off calibration images → train the decoder → references → calibrate.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import sanitize
+from sanitize import checkpoint, preview, runtime, storage
+from sanitize.checkpoint import Detector
+from sanitize.config import EncoderSpec, FitConfig, to_mapping
+from sanitize.errors import ConfigError, RefusedError, SanitizeError
+from sanitize.progress import ProgressDisplay
+from sanitize.records import Shard
+from sanitize.runtime import Resources, Result, ShardFunction, Tick
+from sanitize.stages.decoder import Decoder
+from sanitize.stages.encoders import Encoder, load_encoder
+from sanitize.stages.images import shrink, to_batch
+from sanitize.stages.loader import picture_batches
+from sanitize.stages.scoring import References, Scorer, embed, resolve_precision
+from sanitize.stages.shards import ShardReader, list_shards
+from sanitize.training import Auxiliary, TrainingState, train_decoder
+
+log = logging.getLogger(__name__)
+REFERENCES = 64  # reconstructions of other embeddings behind `error_reference`
+MIN_IMAGES = 32
+
+
+def fit(config: FitConfig) -> Detector:
+    """Train and calibrate a detector; write it to `config.out`. Running again after a kill goes on where it stopped."""
+    shards = list_shards(config.shards)
+    encoder = load_encoder(config.encoder)
+    fingerprint = encoder.fingerprint()
+    _refuse_other_run(config, fingerprint)
+    resources = runtime.plan(config.workers, config.cpus_per_worker, config.gpus_per_worker, len(shards), config.address)
+    with runtime.ray_session(config.address) if resources.workers else contextlib.nullcontext():
+        auxiliary = _embedded(config, shards, fingerprint, resources)
+        calibration_mask = _held_out(auxiliary.hashes, config.training.calibration_fraction, config.seed)
+        training = auxiliary.select(torch.from_numpy(~calibration_mask))
+        held_out = auxiliary.select(torch.from_numpy(calibration_mask))
+        _require_enough(len(training.hashes), len(held_out.hashes), config)
+        state = train_decoder(config, training, resources)
+    detector = _calibrated(config, encoder, fingerprint, state, training, held_out)
+    saved = checkpoint.save(detector, config.out, library_versions())
+    storage.remove_folder(storage.join(config.out, "cache"))
+    storage.remove_folder(storage.join(config.out, "training"))
+    log.info("detector written to %s", config.out)
+    return saved
+
+
+def _refuse_other_run(config: FitConfig, fingerprint: str) -> None:
+    """A folder belongs to one configuration; `fit.json` remembers which."""
+    path = storage.join(config.out, "fit.json")
+    placement = ("workers", "gpus_per_worker", "cpus_per_worker", "address", "out")
+    settings = {k: v for k, v in to_mapping(config).items() if k not in placement}
+    settings = json.loads(json.dumps(settings | {"encoder_fingerprint": fingerprint}))
+    if storage.exists(path):
+        if storage.read_json(path) != settings:
+            raise RefusedError(
+                f"{config.out}: holds a detector or an unfinished fit with other settings. Give another --out, or delete the folder."
+            )
+    else:
+        storage.write_json(path, settings)
+    storage.remove_partials(config.out)
+
+
+# ---------------------------------------------------------------- embedding
+
+
+@dataclass(frozen=True)
+class EmbedTask:
+    """Embed the images of one shard and cache embeddings and small images beside each other."""
+
+    encoder: EncoderSpec
+    image_size: int
+    precision: str
+    batch_size: int
+    limit: int
+    image_member: str
+    cache: str
+
+    def start(self, threads: int) -> ShardFunction:
+        device = runtime.device()
+        encoder = load_encoder(self.encoder).to(device)
+        return lambda shard, tick: self._embed_shard(shard, tick, encoder, device, threads)
+
+    def _embed_shard(self, shard: Shard, tick: Tick, encoder: Encoder, device: torch.device, threads: int) -> Result:
+        path = storage.join(self.cache, f"{shard.stem}.safetensors")
+        if storage.exists(path):
+            return {}
+        columns: list[tuple[Tensor, Tensor, Tensor]] = []
+        total = 0
+        for batch in self._batches(shard, encoder, device, threads, tick):
+            columns.append(batch)
+            total += len(batch[0])
+            if self.limit and total >= self.limit:
+                break
+        if not columns:
+            return {"images": 0}
+        names = ("embeddings", "images", "hashes")
+        tensors = {name: torch.cat(column)[: self.limit or None] for name, column in zip(names, zip(*columns, strict=True), strict=True)}
+        storage.write_bytes(path, safetensors.torch.save(tensors))
+        return {"images": len(tensors["hashes"])}
+
+    @torch.inference_mode()
+    def _batches(
+        self, shard: Shard, encoder: Encoder, device: torch.device, threads: int, tick: Tick
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        spec, dtype = encoder.spec, resolve_precision(self.precision, device)
+        with storage.open_read(shard.url) as file:
+            reader = ShardReader(file, shard, image_member=self.image_member)
+            done = 0
+            for pictures in picture_batches(reader.samples(), self.batch_size, threads):
+                usable = [p for p in pictures if p.pixels is not None]
+                if usable:
+                    images = to_batch([p.pixels for p in usable if p.pixels is not None], spec.image_size, spec.resize, device)
+                    hashes = np.frombuffer(bytes.fromhex("".join(p.sha256 for p in usable)), np.uint8).reshape(-1, 32)
+                    small = shrink(images, self.image_size).half().cpu()
+                    yield embed(encoder, images, dtype).cpu(), small, torch.from_numpy(hashes.copy())
+                done += len(pictures)
+                tick(done, 0, reader.bytes_read)
+
+
+def _embedded(config: FitConfig, shards: list[Shard], fingerprint: str, resources: Resources) -> Auxiliary:
+    cache = storage.absolute(storage.join(config.out, "cache"))
+    task = EmbedTask(
+        *(config.encoder, config.decoder.image_size, config.training.precision, config.batch_size),
+        *(config.limit, config.image_member, cache),
+    )
+    failed: list[str] = []
+    with ProgressDisplay("embed", len(shards), sum(s.size for s in shards)) as display:
+        for outcome in runtime.map_shards(task, shards, resources, display, config.address):
+            failed += [outcome.error] if outcome.error else []
+    for error in failed:
+        log.warning("auxiliary shard left out: %s", error)
+    paths = [storage.join(cache, f"{shard.stem}.safetensors") for shard in shards]
+    parts = [_load_cached(path) for path in paths if storage.exists(path)]
+    if not parts:
+        raise ConfigError(f"no usable image in {', '.join(config.shards)}. {failed[0] if failed else 'Give shards with images.'}")
+    return Auxiliary(*(torch.cat([part[n] for part in parts])[: config.limit or None] for n in ("embeddings", "images", "hashes")))
+
+
+def _load_cached(path: str) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(path) if storage.is_local(path) else safetensors.torch.load(storage.read_bytes(path))
+
+
+def _held_out(hashes: Tensor, fraction: float, seed: int) -> np.ndarray:
+    """(N,) bool. Decided by the image's bytes, so that copies of one image never stand on both sides."""
+    words = hashes[:, :8].contiguous().numpy().view(np.uint64).reshape(-1)
+    mixed = (words ^ np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)) % np.uint64(1_000_003)
+    chosen: np.ndarray = mixed < fraction * 1_000_003
+    return chosen
+
+
+def _require_enough(training: int, held_out: int, config: FitConfig) -> None:
+    if training < MIN_IMAGES or held_out < 1:
+        raise ConfigError(
+            f"{training + held_out} auxiliary images leave {training} to train and {held_out} to calibrate on; at least "
+            f"{MIN_IMAGES} and 1 are needed, thousands are better. Give more shards."
+        )
+
+
+# ---------------------------------------------------------------- calibration
+
+
+def _calibrated(
+    config: FitConfig, encoder: Encoder, fingerprint: str, state: TrainingState, training: Auxiliary, held_out: Auxiliary
+) -> Detector:
+    device = runtime.device()
+    decoder = state.decoder.to(device).eval().requires_grad_(False)
+    references = _references(decoder, training, encoder, config.seed, device)
+    scorer = Scorer(
+        *(encoder, decoder, references),
+        name=config.scorer,
+        mask_ratio=config.test_mask_ratio,
+        seed=config.seed,
+        precision=config.training.precision,
+        device=device,
+    )
+    scores, reconstructions = _scores(scorer, held_out)
+    scores_array = np.sort(scores.numpy())
+    if not np.isfinite(scores_array).all():
+        raise SanitizeError("training diverged: calibration scores are not finite. Lower training.learning_rate and fit again.")
+    preview.write_reconstructions(storage.join(config.out, "reconstructions.png"), held_out.images, reconstructions, scores)
+    quantiles = {f"{q:g}": float(np.quantile(scores_array, q)) for q in (0.01, 0.5, 0.9, 0.99)}
+    summary = {
+        "training_images": len(training.hashes),
+        "calibration_images": len(held_out.hashes),
+        "epochs": config.training.epochs,
+        "loss_by_epoch": [round(loss, 6) for loss in state.losses],
+        "calibration_score_quantiles": quantiles,
+    }
+    return Detector(
+        encoder=dataclasses.replace(config.encoder, weights=storage.absolute(config.encoder.weights) if config.encoder.weights else ""),
+        encoder_fingerprint=fingerprint,
+        decoder=decoder.cpu(),
+        references=references.to(torch.device("cpu")),
+        calibration=scores_array,
+        scorer=config.scorer,
+        mask_ratio=config.test_mask_ratio,
+        seed=config.seed,
+        summary=summary,
+    )
+
+
+@torch.inference_mode()
+def _references(decoder: Decoder, training: Auxiliary, encoder: Encoder, seed: int, device: torch.device) -> References:
+    chosen = torch.randperm(len(training.hashes), generator=torch.Generator().manual_seed(seed))[:REFERENCES]
+    reconstructions = decoder(training.embeddings[chosen].to(device)).float().cpu()
+    return References(reconstructions.mean(dim=0), reconstructions.square().mean(dim=0))
+
+
+@torch.inference_mode()
+def _scores(scorer: Scorer, auxiliary: Auxiliary) -> tuple[Tensor, Tensor]:
+    """Scores (N,) of cached images and their reconstructions (N, 3, R, R) in [0, 1], by the scan's own functions."""
+    encoder, scores, pictures = scorer.encoder, [], []
+    for begin in range(0, len(auxiliary.hashes), 256):
+        part = slice(begin, begin + 256)
+        targets = (auxiliary.images[part].to(scorer.device).float() - encoder.mean) / encoder.std
+        hashes = [bytes(row).hex() for row in auxiliary.hashes[part].numpy()]
+        reconstructions, hidden = scorer.reconstruct(auxiliary.embeddings[part].to(scorer.device), targets, hashes)
+        scores.append(scorer.score(targets, reconstructions, hidden).cpu())
+        pictures.append((reconstructions * encoder.std + encoder.mean).clamp(0, 1).cpu().half())
+    return torch.cat(scores), torch.cat(pictures)
+
+
+def library_versions() -> dict[str, str]:
+    names = ("torch", "torchvision", "pillow", "pyarrow", "ray")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return versions | {"sanitize": sanitize.__version__, "python": platform.python_version()}

@@ -1,0 +1,49 @@
+"""Pure functions: detection quality, attack quality, kNN accuracy. scikit-learn where it serves."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+
+from sanitize.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Detection:
+    """How well scores (higher = more suspicious) separate poisoned from clean samples. All in [0, 1]."""
+
+    auroc: float
+    auprc: float
+    tpr_at_1pct: float  # true-positive rate at 1 % false positives
+    tpr_at_5pct: float
+    fpr_at_95tpr: float
+    clean: int
+    poisoned: int
+
+
+def detection(scores: NDArray[np.floating], poisoned: NDArray[np.bool_]) -> Detection:
+    """scores (N,) finite, poisoned (N,) bool. Raises ConfigError when only one class is there."""
+    if poisoned.all() or not poisoned.any():
+        kind = "poisoned" if poisoned.any() else "clean"
+        raise ConfigError(f"all {len(poisoned)} scored samples are {kind}; metrics need both. Check the truth file.")
+    fpr, tpr, _ = roc_curve(poisoned, scores, drop_intermediate=False)
+    return Detection(
+        auroc=float(roc_auc_score(poisoned, scores)),
+        auprc=float(average_precision_score(poisoned, scores)),
+        tpr_at_1pct=float(tpr[fpr <= 0.01].max()),
+        tpr_at_5pct=float(tpr[fpr <= 0.05].max()),
+        fpr_at_95tpr=float(fpr[tpr >= 0.95].min()),
+        clean=int((~poisoned).sum()),
+        poisoned=int(poisoned.sum()),
+    )
+
+
+def accuracy(predictions: NDArray[np.integer], labels: NDArray[np.integer]) -> float:
+    return float((predictions == labels).mean())
+
+
+def attack_success(predictions: NDArray[np.integer], labels: NDArray[np.integer], target: int) -> float:
+    """Share of triggered images of other classes that are taken for the target class."""
+    others = labels != target
+    return float((predictions[others] == target).mean())

@@ -1,0 +1,72 @@
+"""The project's vocabulary, in flow order: Shard, Member, Sample, Picture, ScoreRow."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One input tar. `stem` names every output made from it."""
+
+    url: str
+    stem: str  # path below the input folder, without ".tar"; unique in a run
+    size: int  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One file in a tar, headers included: bytes [start, end) of the archive."""
+
+    name: str
+    key: str  # "" when it belongs to no sample
+    extension: str  # lower case, without the leading dot: "jpg", "v1.jpg"
+    start: int  # first header block, long-name and pax headers included
+    data: int  # first byte of the content
+    size: int  # content bytes
+    end: int  # first block after the padding
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Members with one key, in tar order. Identity is (shard, index)."""
+
+    index: int
+    key: str
+    members: tuple[Member, ...]
+    image: bytes | None = None  # content of the image member; None when not read or when there is none
+    status: str = "ok"
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A sample after decoding. `pixels` is (3, H, W) uint8, or None with a status and a reason."""
+
+    index: int
+    key: str
+    sha256: str  # of the image member's bytes, "" when there is none
+    pixels: torch.Tensor | None
+    width: int
+    height: int
+    status: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRow:
+    """One row of the score table. Numbers are None when status is not "ok"."""
+
+    shard: str
+    key: str
+    index: int
+    sha256: str
+    width: int
+    height: int
+    status: str
+    reason: str
+    score: float | None = None
+    p_value: float | None = None
+    error: float | None = None
+    error_reference: float | None = None
+    embedding_norm: float | None = None

@@ -1,0 +1,241 @@
+"""Where stages run: in this process, or on a pool of Ray actors that each take whole shards.
+
+Decoded pixels never cross the object store: an actor reads its shard, works on it and commits the result itself, so a
+retry after a crash does the shard again and changes nothing else.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from sanitize.errors import ConfigError, SanitizeError, ShardError
+from sanitize.progress import ProgressDisplay
+from sanitize.records import Shard
+
+log = logging.getLogger(__name__)
+RETRIES = 3  # of an actor that dies and of the shard it had
+Result = dict[str, Any]
+Tick = Callable[[int, int, int], None]  # samples, flagged, bytes of the current shard so far
+ShardFunction = Callable[[Shard, Tick], Result]
+
+
+class Task(Protocol):
+    """A picklable description of work; `start` loads what it needs, once per worker."""
+
+    def start(self, threads: int) -> ShardFunction: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    shard: Shard
+    result: Result | None  # None: the shard failed
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """workers 0 = this process. cpus = threads of each worker, for decoding and for torch."""
+
+    workers: int
+    cpus: int
+    gpus: float
+
+
+def plan(workers: int, cpus_per_worker: int, gpus_per_worker: float, shards: int, address: str = "") -> Resources:
+    """Settings → resources; what is left open (-1 or 0) uses what the machine or cluster has."""
+    if workers < -1 or cpus_per_worker < 0:
+        raise ConfigError("workers must be -1 (automatic), 0 (this process) or more; cpus_per_worker 0 (automatic) or more.")
+    cpus, gpus = _available(address) if workers else (os.cpu_count() or 1, torch.cuda.device_count())
+    if gpus_per_worker < 0:
+        gpus_per_worker = 1.0 if gpus else 0.0
+    if workers == -1:
+        wanted = gpus / gpus_per_worker if gpus_per_worker else cpus / (cpus_per_worker or 4)
+        workers = max(1, min(int(wanted), shards))
+    cpus_per_worker = cpus_per_worker or max(1, cpus // max(workers, 1))
+    if workers * cpus_per_worker > cpus or workers * gpus_per_worker > gpus:
+        raise ConfigError(
+            f"{workers} workers with {cpus_per_worker} CPUs and {gpus_per_worker:g} GPUs each do not fit: "
+            f"there are {cpus} CPUs and {gpus} GPUs. Lower --workers, --cpus-per-worker or --gpus-per-worker."
+        )
+    return Resources(workers, cpus_per_worker, gpus_per_worker)
+
+
+def _available(address: str) -> tuple[int, int]:
+    import ray
+
+    if not address and not ray.is_initialized():
+        return os.cpu_count() or 1, torch.cuda.device_count()
+    with ray_session(address):
+        total = ray.cluster_resources()
+    return int(total.get("CPU", 1)), int(total.get("GPU", 0))
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def ray_session(address: str) -> Iterator[None]:
+    """A running Ray: the one this process is already in, the one at `address`, or a local one that ends with the block."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        options: dict[str, Any] = {} if address else {"include_dashboard": False, "num_cpus": os.cpu_count()}
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"--address {address}: cannot join a Ray cluster there ({error}). Check `ray status`.") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def map_shards(
+    task: Task, shards: Sequence[Shard], resources: Resources, display: ProgressDisplay, address: str = ""
+) -> Iterator[Outcome]:
+    """Run `task` on every shard, in any order; a ShardError fails its shard alone, anything else ends the run."""
+    if not shards:
+        return
+    counts = _Counts(sum(shard.size for shard in shards))
+    if resources.workers == 0:
+        yield from _map_here(task, shards, resources, display, counts)
+        return
+    with ray_session(address):
+        yield from _map_on_ray(task, shards, resources, display, counts)
+
+
+class _Counts:
+    """Progress of the whole run: finished shards plus what the workers report of their current ones."""
+
+    def __init__(self, work: int) -> None:
+        self.work, self.shards, self.samples, self.flagged, self.bytes = work, 0, 0, 0, 0
+
+    def finish(self, shard: Shard, ticks: tuple[int, int, int]) -> None:
+        self.shards += 1
+        self.samples += ticks[0]
+        self.flagged += ticks[1]
+        self.bytes += shard.size
+
+    def show(self, display: ProgressDisplay, running: Sequence[tuple[int, int, int]]) -> None:
+        samples, flagged, size = (sum(column) for column in zip((0, 0, 0), *running, strict=True))
+        note = f"{self.flagged + flagged} flagged" if self.flagged + flagged else ""
+        display.update(self.shards, self.bytes + size, self.samples + samples, note)
+
+
+def _map_here(
+    task: Task, shards: Sequence[Shard], resources: Resources, display: ProgressDisplay, counts: _Counts
+) -> Iterator[Outcome]:
+    torch.set_num_threads(resources.cpus)
+    function = task.start(resources.cpus)
+    for shard in shards:
+        ticks = (0, 0, 0)
+
+        def tick(*values: int) -> None:
+            nonlocal ticks
+            ticks = (values[0], values[1], values[2])
+            counts.show(display, [ticks])
+
+        outcome = _run(function, shard, tick)
+        counts.finish(shard, ticks)
+        counts.show(display, [])
+        yield outcome
+
+
+def _run(function: ShardFunction, shard: Shard, tick: Tick) -> Outcome:
+    try:
+        return Outcome(shard, function(shard, tick))
+    except ShardError as error:
+        return Outcome(shard, None, str(error))
+
+
+class _Worker:
+    """The actor. Two threads of control: one works, one answers `ticks`."""
+
+    def __init__(self, task: Task, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._function = task.start(threads)
+        self._ticks = (0, 0, 0)
+
+    def run(self, shard: Shard) -> Outcome:
+        self._ticks = (0, 0, 0)
+        return _run(self._function, shard, self._tick)
+
+    def _tick(self, samples: int, flagged: int, size: int) -> None:
+        self._ticks = (samples, flagged, size)
+
+    def ticks(self) -> tuple[int, int, int]:
+        return self._ticks
+
+
+def _map_on_ray(
+    task: Task, shards: Sequence[Shard], resources: Resources, display: ProgressDisplay, counts: _Counts
+) -> Iterator[Outcome]:
+    import ray
+
+    options = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_concurrency": 2}
+    options |= {"max_restarts": RETRIES, "max_task_retries": RETRIES}
+    # the driver's module path travels as is: tests and notebooks may define tasks outside the package
+    worker = ray.remote(_Worker).options(**options)
+    count = min(resources.workers, len(shards))
+    idle = [worker.remote(task, resources.cpus) for _ in range(count)]
+    waiting, running, ticks = list(reversed(shards)), {}, {}
+    try:
+        while waiting or running:
+            while waiting and idle:
+                actor, shard = idle.pop(), waiting.pop()
+                running[actor.run.remote(shard)] = (actor, shard)
+            if not running:
+                raise SanitizeError("all Ray workers died. Look for out-of-memory kills, lower --batch-size or --workers.")
+            done, _ = ray.wait(list(running), timeout=1.0)
+            for reference in done:
+                actor, shard = running.pop(reference)
+                outcome, alive = _collect(reference, shard)
+                if alive:
+                    idle.append(actor)
+                counts.finish(shard, _last_ticks(actor) if alive else (0, 0, 0))
+                ticks.pop(actor, None)
+                yield outcome
+            for actor, _ in running.values():
+                ticks[actor] = _last_ticks(actor, ticks.get(actor, (0, 0, 0)))
+            counts.show(display, list(ticks.values()))
+    finally:
+        for actor in [*idle, *(actor for actor, _ in running.values())]:
+            ray.kill(actor)
+
+
+def _collect(reference: Any, shard: Shard) -> tuple[Outcome, bool]:
+    """(outcome, worker alive). Errors of our own come back as themselves, without Ray's traceback."""
+    import ray
+
+    try:
+        outcome: Outcome = ray.get(reference)
+        return outcome, True
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, SanitizeError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayActorError as error:
+        log.debug("worker died: %s", error)
+        message = f"{shard.url}: the worker died {RETRIES + 1} times (killed or out of memory). Lower --batch-size or --workers."
+        return Outcome(shard, None, message), False
+
+
+def _last_ticks(actor: Any, otherwise: tuple[int, int, int] = (0, 0, 0)) -> tuple[int, int, int]:
+    import ray
+
+    try:
+        values: tuple[int, int, int] = ray.get(actor.ticks.remote(), timeout=0.5)
+        return values
+    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
+        return otherwise

@@ -1,0 +1,1 @@
+"""One module per arrow of the flow; each turns one record into the next."""

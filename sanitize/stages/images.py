@@ -1,0 +1,87 @@
+"""Image bytes → (3, H, W) uint8 RGB; undecodable bytes → a reason, never a crash. Then one resize for fit and scan.
+
+Decoding rules (named DECODE_PATH in every artefact, because scores depend on pixels): first frame of animations; 16-bit
+is scaled to 8, not clipped; alpha is dropped, not blended (what most training loaders do); palette and CMYK become RGB;
+colour profiles and EXIF orientation are ignored.
+"""
+
+import hashlib
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from sanitize.records import Picture, Sample
+
+DECODE_PATH = "pillow-rgb8/1"
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+MAX_PIXELS = 1 << 26  # 64 megapixels, 200 MB as RGB
+
+
+def decode_sample(sample: Sample, max_pixels: int = MAX_PIXELS) -> Picture:
+    """The sample's picture, or the reason why there is none."""
+    if sample.status != "ok" or sample.image is None:
+        return Picture(sample.index, sample.key, "", None, 0, 0, sample.status, sample.reason)
+    digest = hashlib.sha256(sample.image).hexdigest()
+    pixels, width, height, reason = decode(sample.image, max_pixels)
+    status = "ok" if pixels is not None else "undecodable"
+    return Picture(sample.index, sample.key, digest, pixels, width, height, status, reason)
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Tensor | None, int, int, str]:
+    """(pixels, width, height, reason): (3, H, W) uint8 and "", or None and why. The size is checked before decoding."""
+    if not data:
+        return None, 0, 0, "the image file is empty"
+    width = height = 0
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                return None, width, height, f"{width} x {height} pixels, the limit is {max_pixels}"
+            rgb = _to_rgb(image)
+    except Exception as error:  # Pillow raises a dozen kinds on hostile bytes; all mean the same here
+        return None, width, height, f"{type(error).__name__}: {error}"[:200]
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1), width, height, ""
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit gray: convert() would clip to white
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA")  # the palette may hold transparency that convert("RGB") warns about
+    return image.convert("RGB")
+
+
+def to_batch(pixels: Sequence[Tensor], size: int, resize: str, device: torch.device) -> Tensor:
+    """Pictures of any size → (B, 3, size, size) float32 in [0, 1] on `device`.
+
+    pixels: (3, H, W) uint8 each. resize: "squash" shows the encoder the whole picture, "crop" its central square.
+    Pictures of one size move and shrink together; the result of each does not depend on the others.
+    """
+    batch = torch.empty(len(pixels), 3, size, size, device=device)
+    by_shape: dict[torch.Size, list[int]] = {}
+    for position, picture in enumerate(pixels):
+        by_shape.setdefault(picture.shape, []).append(position)
+    for positions in by_shape.values():
+        group = torch.stack([pixels[position] for position in positions])
+        if device.type == "cuda":
+            group = group.pin_memory()
+        images = group.to(device, non_blocking=True).float().div_(255)
+        batch[positions] = shrink(images, size, resize)
+    return batch
+
+
+def shrink(images: Tensor, size: int, resize: str = "squash") -> Tensor:
+    """(B, 3, H, W) → (B, 3, size, size), bilinear and antialiased."""
+    if resize == "crop":
+        height, width = images.shape[-2:]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        images = images[..., top : top + side, left : left + side]
+    if images.shape[-2:] == (size, size):
+        return images
+    return functional.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)

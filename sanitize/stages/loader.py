@@ -1,0 +1,58 @@
+"""Samples → batches of decoded pictures, read and decoded ahead by threads while the model works."""
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from sanitize.records import Picture, Sample
+from sanitize.stages.images import decode_sample
+
+AHEAD = 3  # batches in memory: one in the model, two on the way
+
+
+def picture_batches(samples: Iterable[Sample], batch_size: int, threads: int) -> Iterator[list[Picture]]:
+    """Pictures in sample order, `batch_size` at a time (the last may be smaller). Reading happens in a thread of its own.
+
+    Errors of the reader surface here. Memory: at most AHEAD batches of undecoded or decoded pictures.
+    """
+    ready: queue.Queue[Future[Picture] | BaseException | None] = queue.Queue(maxsize=AHEAD * batch_size)
+    stop = threading.Event()
+
+    def read(pool: ThreadPoolExecutor) -> None:
+        last: BaseException | None = None
+        try:
+            for sample in samples:
+                _put(ready, pool.submit(decode_sample, sample), stop)
+                if stop.is_set():
+                    return
+        except BaseException as error:  # handed to the consumer, which raises it
+            last = error
+        _put(ready, last, stop)
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        reader = threading.Thread(target=read, args=(pool,), name="read-shard")
+        reader.start()
+        try:
+            batch: list[Picture] = []
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                batch.append(item.result())
+                if len(batch) == batch_size:
+                    yield batch
+                    batch = []
+            if batch:
+                yield batch
+        finally:
+            stop.set()
+            reader.join()
+
+
+def _put(ready: "queue.Queue[Future[Picture] | BaseException | None]", item: Future[Picture] | BaseException | None, stop: threading.Event) -> None:
+    """Wait for room, but not for a consumer that has gone."""
+    while not stop.is_set():
+        try:
+            return ready.put(item, timeout=0.1)
+        except queue.Full:
+            continue

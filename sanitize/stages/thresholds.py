@@ -1,0 +1,66 @@
+"""Scores → cut-off. Pure NumPy. A sample is kept when its score is finite and not above the cut-off."""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sanitize.config import ThresholdPolicy
+from sanitize.errors import ConfigError
+
+Floats = NDArray[np.float32]
+
+
+def p_values(scores: Floats, calibration: Floats) -> Floats:
+    """(1 + #{calibration >= score}) / (n + 1), (N,) float32; calibration (n,) sorted upwards; NaN stays NaN."""
+    at_least = len(calibration) - np.searchsorted(calibration, scores, side="left")
+    return np.where(np.isnan(scores), np.nan, (1 + at_least) / (len(calibration) + 1)).astype(np.float32)
+
+
+def cut_off(scores: Floats, calibration: Floats, policy: ThresholdPolicy) -> float:
+    """The highest score that is kept under `policy`. scores (N,) with NaN for unscored samples; calibration (n,) sorted.
+
+    calibrated: conformal quantile, at most `fpr` of clean images above it. fdr: Benjamini-Hochberg on p-values.
+    fraction: the top share of this scan (ties are kept). robust: median + mad * 1.4826 MAD of this scan.
+    """
+    finite = scores[np.isfinite(scores)]
+    if policy.policy == "absolute":
+        return policy.threshold
+    if policy.policy == "calibrated":
+        return _conformal(calibration, policy.fpr)
+    if len(finite) == 0:
+        return math.inf
+    if policy.policy == "fdr":
+        return _benjamini_hochberg(finite, calibration, policy.fpr)
+    if policy.policy == "fraction":
+        removed = round(policy.fraction * len(finite))
+        return float(np.sort(finite)[len(finite) - removed - 1]) if removed < len(finite) else -math.inf
+    median = float(np.median(finite))
+    return median + policy.mad * 1.4826 * float(np.median(np.abs(finite - median)))
+
+
+def _conformal(calibration: Floats, fpr: float) -> float:
+    count = len(calibration)
+    rank = math.ceil((count + 1) * (1 - fpr) - 1e-9)
+    if rank > count:
+        raise ConfigError(
+            f"fpr {fpr}: needs at least {math.ceil(1 / fpr - 1 - 1e-9)} calibration scores, the detector has {count}. "
+            "Use a higher --fpr, or fit with more auxiliary images."
+        )
+    return float(calibration[rank - 1])
+
+
+def _benjamini_hochberg(finite: Floats, calibration: Floats, rate: float) -> float:
+    p = p_values(finite, calibration).astype(np.float64)
+    ranked = np.sort(p)
+    passes = np.flatnonzero(ranked <= rate * np.arange(1, len(p) + 1) / len(p))
+    if len(passes) == 0:
+        return math.inf
+    kept = finite[p > ranked[passes[-1]]]
+    return float(kept.max()) if len(kept) else -math.inf
+
+
+def keep(scores: Floats, threshold: float, keep_unscored: bool = False) -> NDArray[np.bool_]:
+    """(N,) bool. NaN is never clean; an unscored sample is kept only on request."""
+    with np.errstate(invalid="ignore"):
+        return np.where(np.isnan(scores), keep_unscored, scores <= np.float32(threshold)).astype(bool)
