@@ -282,7 +282,7 @@ fit:
   encoder: encoder.yaml     # the encoder under test, see below
   out: detector
   preset: default           # default: low-resolution decoder; paper: as published, about 100 times slower to train
-  # training: {epochs: 30, learning_rate: 0.001}
+  # training: {epochs: 20, learning_rate: 0.002}
 scan:
   shards: [shards/]
   detector: detector

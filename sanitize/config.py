@@ -82,9 +82,9 @@ class DecoderConfig:
 class TrainingConfig:
     """How the decoder is fitted. mask_ratio_min..max: a ratio is drawn for every batch; the test condition is 0.99."""
 
-    epochs: int = 30
+    epochs: int = 20
     batch_size: int = 256
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 1e-6
     mask_ratio_min: float = 0.75
     mask_ratio_max: float = 1.0
@@ -234,6 +234,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return value
         check(isinstance(value, dict), f"{where} holds {value!r}, a block of settings was expected.")
         return from_mapping(hint, value, where)
+    if typing.get_origin(hint) is dict:
+        check(isinstance(value, dict), f"{where} holds {value!r}, a block of settings was expected.")
+        return value
     if typing.get_origin(hint) is tuple:
         check(isinstance(value, list | tuple), f"{where} holds {value!r}, a list was expected.")
         return tuple(_convert(typing.get_args(hint)[0], item, where) for item in value)

@@ -3,6 +3,7 @@
 Files of one shard are committed by `done/<stem>.json`, written last; a rerun does only what has no marker.
 """
 
+import contextlib
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from sanitize.stages.loader import picture_batches
 from sanitize.stages.score_table import ScoreWriter, rows
 from sanitize.stages.scoring import Scorer
 from sanitize.stages.shards import ShardReader, head_tail_sha256, list_shards
+from sanitize.stages.thresholds import cut_off
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +66,12 @@ class ScoreTask:
         samples = flagged = unscored = 0
         name = f"scores/{shard.stem}.parquet"
         metadata = {"shard": shard.stem, "detector": detector.fingerprint}
-        with storage.open_read(shard.url) as file, storage.atomic_write(storage.join(self.out, name)) as target:
+        with (
+            storage.open_read(shard.url) as file,
+            storage.atomic_write(storage.join(self.out, name)) as target,
+            ScoreWriter(target, metadata) as writer,
+        ):
             reader = ShardReader(file, shard, image_member=self.image_member)
-            writer = ScoreWriter(target, metadata)
             for pictures in picture_batches(reader.samples(), self.batch_size, threads):
                 scores = scorer([p for p in pictures if p.pixels is not None])
                 table = rows(shard.stem, pictures, scores, detector.calibration)
@@ -76,7 +81,6 @@ class ScoreTask:
                 flagged += int(np.sum(table.column("p_value").to_numpy() <= self.flag_p))
                 tick(samples, flagged, reader.bytes_read)
             _require_images(reader, shard, samples)
-            writer.close()
         result = {
             "shard": shard.stem,
             "input": {"bytes": shard.size, "sha256": reader.sha256, "damage": reader.damage, "loose_members": reader.loose},
@@ -101,6 +105,8 @@ def scan(config: ScanConfig) -> ScanResult:
     shards = list_shards(config.shards)
     detector = checkpoint.load(config.detector)
     checkpoint.load_matching_encoder(detector, config.encoder)  # fail here, not in a worker
+    if not config.scores_only and config.policy.policy == "calibrated":
+        cut_off(detector.calibration, detector.calibration, config.policy)  # too few calibration scores? before any work
     resources = runtime.plan(config.workers, config.cpus_per_worker, config.gpus_per_worker, len(shards), config.address)
     _open_run(config, detector, shards)
     task = ScoreTask(
@@ -110,14 +116,15 @@ def scan(config: ScanConfig) -> ScanResult:
     todo = [shard for shard in shards if not storage.exists(marker_path(config.out, shard.stem))]
     if len(todo) < len(shards):
         log.info("%d of %d shards were scored before", len(shards) - len(todo), len(shards))
-    failed = []
-    with ProgressDisplay("scan", len(todo), sum(s.size for s in todo)) as display:
-        for outcome in runtime.map_shards(task, todo, resources, display, config.address):
-            failed += [outcome.error] if outcome.error else []
-    markers = [storage.read_json(marker_path(config.out, s.stem)) for s in shards if storage.exists(marker_path(config.out, s.stem))]
-    cleaned = None
-    if not config.scores_only and markers:
-        cleaned = clean(config.out, config.policy, force=config.force, resources=resources, address=config.address)
+    failed, cleaned = [], None
+    with runtime.ray_session(config.address) if resources.workers else contextlib.nullcontext():
+        with ProgressDisplay("scan", len(todo), sum(s.size for s in todo)) as display:
+            for outcome in runtime.map_shards(task, todo, resources, display, config.address):
+                failed += [outcome.error] if outcome.error else []
+        paths = [marker_path(config.out, shard.stem) for shard in shards]
+        markers = [storage.read_json(path) for path in paths if storage.exists(path)]
+        if markers and not config.scores_only:
+            cleaned = clean(config.out, config.policy, force=config.force, resources=resources, address=config.address)
     return ScanResult(
         out=config.out,
         samples=sum(marker["samples"] for marker in markers),

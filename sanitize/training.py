@@ -31,7 +31,7 @@ class Auxiliary:
     images: Tensor
     hashes: Tensor
 
-    def select(self, chosen: Tensor) -> Auxiliary:
+    def select(self, chosen: Tensor) -> "Auxiliary":
         return Auxiliary(self.embeddings[chosen], self.images[chosen], self.hashes[chosen])
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -126,7 +127,8 @@ def read_weights(path: str) -> dict[str, Tensor]:
             return safetensors.torch.load(storage.read_bytes(path))
         except safetensors.SafetensorError as error:
             raise CheckpointError(f"{path}: not a safetensors file ({error}). Download or convert it again.") from None
-    with storage.open_read(path) as file:
+    with storage.open_read(path) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about pickle protocols, before the refusal below says it better
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:

@@ -1,6 +1,8 @@
 """Score rows ⇄ Parquet. The one place that names columns and types."""
 
+import contextlib
 from collections.abc import Sequence
+from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
@@ -71,7 +73,10 @@ def rows(shard: str, pictures: Sequence[Picture], scores: Scores, calibration: N
 
 
 class ScoreWriter:
-    """Appends rows to a Parquet file, at most ROW_GROUP of them in memory; the same rows give the same bytes."""
+    """Appends rows to a Parquet file, at most ROW_GROUP of them in memory; the same rows give the same bytes.
+
+    A context manager: leaving it normally completes the file, leaving it by an error abandons it.
+    """
 
     def __init__(self, file: storage.HashingWriter, metadata: dict[str, str]) -> None:
         schema = SCHEMA.with_metadata({"schema_version": str(SCHEMA_VERSION)} | metadata)
@@ -85,9 +90,16 @@ class ScoreWriter:
         if self._held >= ROW_GROUP:
             self._flush()
 
-    def close(self) -> None:
-        self._flush()
-        self._writer.close()
+    def __enter__(self) -> "ScoreWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self._flush()
+            self._writer.close()
+        with contextlib.suppress(OSError):
+            self._writer.close()
+        self._writer.is_open = False  # else its finaliser would write to a file that is gone
 
     def _flush(self) -> None:
         if self._pending:

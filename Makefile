@@ -1,0 +1,33 @@
+# Every target sets up its own virtual environment in .venv when it is missing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/.installed
+
+.PHONY: demo test test-slow check bench clean
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+demo: $(INSTALLED)  ## the main job end to end on handwritten digits; writes demo/
+	$(BIN)/python -m pipelines.demo
+
+test: $(INSTALLED)  ## the tests, on the CPU
+	$(BIN)/python -m pytest -q
+
+test-slow: $(INSTALLED)  ## tests that train, kill or measure
+	$(BIN)/python -m pytest -q -m slow
+
+check: $(INSTALLED)  ## format, lint, strict types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)  ## throughput and memory beside their measured bounds
+	$(BIN)/python -m benchmarks.scan
+	$(BIN)/python -m benchmarks.memory
+
+clean:
+	rm -rf $(VENV) demo runs build *.egg-info

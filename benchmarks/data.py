@@ -1,0 +1,56 @@
+"""Shards for benchmarks: real photographs, from ../shared/data when it is there, else crops of scikit-learn's two sample photos."""
+
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def photographs() -> Iterator[Image.Image]:
+    """Decoded photos, over and over."""
+    tars = [SHARED / "photos-large-000000.tar", SHARED / "flickr8k-captions-000000.tar"]
+    while True:
+        if tars[0].exists():
+            for path in tars:
+                with tarfile.open(path) as tar:
+                    for member in tar:
+                        if member.name.endswith(".jpg"):
+                            yield Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGB")  # type: ignore[union-attr]
+        else:
+            from sklearn.datasets import load_sample_images
+
+            yield from (Image.fromarray(photo) for photo in load_sample_images().images)
+
+
+def random_crops(size: int, seed: int = 0) -> Iterator[Image.Image]:
+    """Square crops of random place and scale, resized to `size` pixels: no two alike."""
+    rng = np.random.default_rng(seed)
+    for photo in photographs():
+        for _ in range(2 if (SHARED / "photos-large-000000.tar").exists() else 64):
+            side = int(min(photo.size) * rng.uniform(0.5, 1))
+            left, top = (int(rng.integers(0, extent - side + 1)) for extent in photo.size)
+            yield photo.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def write_shards(folder: Path, count: int, size: int, kind: str, shards: int, seed: int = 0) -> Path:
+    """`count` images of `size` pixels as PNG or JPEG (quality 85), evenly over `shards` tars; reused when already there."""
+    marker = folder / f".{count}-{size}-{kind}-{shards}-{seed}"
+    if marker.exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    crops = random_crops(size, seed)
+    for number in range(shards):
+        with tarfile.open(folder / f"bench-{number:04d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for index in range(count // shards):
+                buffer = io.BytesIO()
+                next(crops).save(buffer, kind, **({"quality": 85} if kind == "JPEG" else {}))
+                info = tarfile.TarInfo(f"{number:04d}-{index:06d}.{'png' if kind == 'PNG' else 'jpg'}")
+                info.size = len(buffer.getvalue())
+                tar.addfile(info, io.BytesIO(buffer.getvalue()))
+    marker.touch()
+    return folder

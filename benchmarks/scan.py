@@ -1,0 +1,147 @@
+"""Throughput of `sanitize scan` beside what the machine can do, measured in the same run.
+
+    python -m benchmarks.scan [--small 20000] [--large 2048]
+
+decode only: read, hash and decode all shards on all cores. model only: encoder + decoder + score on images already in memory.
+bound: both share the cores, so 1 / (1/decode + 1/model). serial loop: read, decode, score, one after the other.
+scan: the command's function on Ray, start-up (wall time of a scan of 2 images) taken off and reported apart.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import safetensors.torch
+import torch
+
+from benchmarks.data import write_shards
+from sanitize import checkpoint, runtime, storage
+from sanitize.config import EncoderSpec, FitConfig, ScanConfig, TrainingConfig
+from sanitize.fit import fit
+from sanitize.records import Picture
+from sanitize.scan import scan
+from sanitize.stages.encoders import build_backbone
+from sanitize.stages.images import decode_sample
+from sanitize.stages.loader import picture_batches
+from sanitize.stages.shards import ShardReader, list_shards
+
+OUT = Path("runs/bench")
+BATCH = 256
+CIFAR = EncoderSpec("resnet18-cifar", image_size=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
+
+
+def detector_for(spec: EncoderSpec, name: str) -> Path:
+    """A detector for an encoder with random weights: speed does not depend on their values."""
+    folder = OUT / name
+    if not (folder / "detector" / "detector.json").exists():
+        torch.manual_seed(0)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = folder / "encoder.safetensors"
+        safetensors.torch.save_file({k: v.contiguous() for k, v in build_backbone(spec).state_dict().items()}, weights)
+        auxiliary = write_shards(OUT / f"aux-{spec.image_size}", 512, spec.image_size, "JPEG", 1, seed=9)
+        spec = EncoderSpec(**(spec.__dict__ | {"weights": str(weights)}))
+        training = TrainingConfig(epochs=1, calibration_fraction=0.5)
+        fit(FitConfig((str(auxiliary),), spec, str(folder / "detector"), training=training, workers=0))
+    return folder / "detector"
+
+
+def timed(function: Callable[[], int]) -> float:
+    """Images per second."""
+    start = time.perf_counter()
+    count = function()
+    return count / (time.perf_counter() - start)
+
+
+def decode_only(shards: Path) -> int:
+    count = 0
+    for shard in list_shards([str(shards)]):
+        with storage.open_read(shard.url) as file:
+            count += sum(len(b) for b in picture_batches(ShardReader(file, shard).samples(), BATCH, os.cpu_count() or 1))
+    return count
+
+
+def all_pictures(shards: Path, limit: int) -> list[Picture]:
+    pictures: list[Picture] = []
+    for shard in list_shards([str(shards)]):
+        with storage.open_read(shard.url) as file:
+            for sample in ShardReader(file, shard).samples():
+                pictures.append(decode_sample(sample))
+                if len(pictures) == limit:
+                    return pictures
+    return pictures
+
+
+def measure(title: str, shards: Path, detector: Path, count: int) -> None:
+    loaded = checkpoint.load(str(detector))
+    scorer = checkpoint.scorer(loaded, checkpoint.load_matching_encoder(loaded, None), "auto", torch.device("cpu"))
+    torch.set_num_threads(os.cpu_count() or 1)
+    pictures = all_pictures(shards, min(count, 4096))
+    batches = [pictures[i : i + BATCH] for i in range(0, len(pictures), BATCH)]
+    scorer(batches[0])
+    images = [scorer.embed(batch)[0] for batch in batches[:4]]
+
+    def encoder_only() -> int:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=scorer.dtype == torch.bfloat16):
+            return sum(len(scorer.encoder(batch)) for batch in images)
+
+    def model_only() -> int:
+        return sum(len(scorer(batch).score) for batch in batches)
+
+    def serial_loop() -> int:
+        done = 0
+        for shard in list_shards([str(shards)]):
+            with storage.open_read(shard.url) as file:
+                batch: list[Picture] = []
+                for sample in ShardReader(file, shard).samples():
+                    batch.append(decode_sample(sample))
+                    if len(batch) == BATCH:
+                        done += len(scorer(batch).score)
+                        batch = []
+                done += len(scorer(batch).score) if batch else 0
+        return done
+
+    print(f"\n{title}: {count} images, {os.cpu_count()} cores, {scorer.dtype}", flush=True)
+    encoder_rate, decode_rate, model_rate = timed(encoder_only), timed(lambda: decode_only(shards)), timed(model_only)
+    bound = 1 / (1 / decode_rate + 1 / model_rate)
+    serial = timed(serial_loop)
+    rows = [("encoder forward only", encoder_rate), ("model only", model_rate), ("decode only", decode_rate)]
+    for name, rate in [*rows, ("bound (decode and model share the cores)", bound), ("serial loop", serial)]:
+        print(f"  {name:42s} {rate:9.1f} images/s", flush=True)
+    for workers in (0, 1, 2):
+        rate, startup = scan_rate(shards, detector, workers, count)
+        print(f"  {f'sanitize scan, {workers} workers':42s} {rate:9.1f} images/s = {rate / bound:.0%} of bound, start-up {startup:.1f} s", flush=True)
+
+
+def scan_rate(shards: Path, detector: Path, workers: int, count: int) -> tuple[float, float]:
+    """(images/s once started, start-up seconds)."""
+    tiny = write_shards(OUT / "tiny", 2, 32, "PNG", 2)
+    seconds = []
+    for source in (tiny, shards):
+        out = OUT / "scanned"
+        shutil.rmtree(out, ignore_errors=True)
+        start = time.perf_counter()
+        scan(ScanConfig((str(source),), str(detector), str(out), scores_only=True, workers=workers, batch_size=BATCH))
+        seconds.append(time.perf_counter() - start)
+    return count / (seconds[1] - seconds[0]), seconds[0]
+
+
+@click.command()
+@click.option("--small", default=20_000, show_default=True, help="32 px PNGs, ResNet-18 with 3x3 stem")
+@click.option("--large", default=2_048, show_default=True, help="224 px JPEGs, ResNet-18")
+def main(small: int, large: int) -> None:
+    """Print images/s of scan and of its bounds."""
+    with runtime.ray_session(""):
+        for title, size, kind, count, spec in (
+            ("32 px PNG", 32, "PNG", small, CIFAR),
+            ("224 px JPEG", 224, "JPEG", large, EncoderSpec("resnet18")),
+        ):
+            if count:
+                shards = write_shards(OUT / f"shards-{size}-{count}", count, size, kind, 4)
+                measure(title, shards, detector_for(spec, f"encoder-{size}"), count)
+
+
+if __name__ == "__main__":
+    main()

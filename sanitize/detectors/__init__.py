@@ -1,0 +1,1 @@
+"""Controls and baselines: each a function from images or embeddings to one score per sample, higher = more suspicious."""

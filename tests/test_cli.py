@@ -1,0 +1,182 @@
+"""Commands as a user types them: exit codes, messages, configuration."""
+
+import re
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from builders import write_shards, write_tar
+from sanitize import cli
+from sanitize.cli import main
+from sanitize.config import FIT_PRESETS, FitConfig, ScanConfig, from_mapping
+
+
+@pytest.fixture
+def sanitize(tmp_path, monkeypatch):
+    """Run a command in an empty folder; returns (exit code, output)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str):
+        result = CliRunner().invoke(main, [str(a) for a in arguments])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.output
+
+    return run
+
+
+FAST = ("--workers", "0", "--set", "training.epochs=1", "--set", "training.precision=fp32", "--set", "training.calibration_fraction=0.5")
+
+
+def test_fit_then_scan_are_whole_commands_with_a_config_file(sanitize, tmp_path, encoder_yaml, aux_shards, shards):
+    settings = {
+        "fit": {"shards": str(aux_shards), "encoder": str(encoder_yaml), "training": {"epochs": 1}, "workers": 0},
+        "scan": {"workers": 0, "policy": {"policy": "fraction", "fraction": 0.1}},
+    }
+    (tmp_path / "sanitize.yaml").write_text(yaml.safe_dump(settings))
+    code, output = sanitize("fit")
+    assert (code, "detector: trained on" in output) == (0, True)
+    code, output = sanitize("scan", shards)
+    assert code == 0
+    assert "scanned: 54 samples scored, 0 without a score" in output
+    assert "scanned/clean: 49 of 54 samples kept; 5 in scanned/quarantine" in output
+    code, output = sanitize("clean", "scanned/", "--fraction", "0.2")
+    assert (code, "43 of 54 samples kept" in output) == (0, True)
+    code, output = sanitize("verify", "scanned/")
+    assert (code, "0 problems" in output) == (0, True)
+
+
+def test_poison_scan_audit_with_truth(sanitize, detector, tmp_path):
+    write_shards(tmp_path / "in", [60])
+    code, output = sanitize("poison", "in", "--rate", "0.1", "--side", "8", "--out", "poisoned")
+    assert (code, "6 of 60 samples poisoned; truth in poisoned/poison.json" in output) == (0, True)
+    code, _ = sanitize("scan", "poisoned", "--detector", detector, "--workers", "0", "--fraction", "0.1")
+    assert code == 0
+    code, output = sanitize("audit", "scanned", "--truth", "poisoned/poison.json", "--top", "4")
+    assert code == 0
+    assert re.search(r"truth: 6 poisoned, 54 clean: AUROC 0\.\d+", output)
+    made = sorted(p.name for p in (tmp_path / "scanned" / "audit").iterdir())
+    assert made == ["histogram.png", "report.html", "suspicious.png", "summary.json"]
+
+
+def test_a_failed_shard_gives_exit_code_1_and_is_named(sanitize, detector, tmp_path):
+    write_shards(tmp_path / "in", [5])
+    (tmp_path / "in" / "bad.tar").write_bytes(b"<html>")
+    code, output = sanitize("scan", "in", "--detector", detector, "--workers", "0", "--threshold", "1e9")
+    assert code == 1
+    assert "bad.tar: not a tar archive" in output
+    assert "1 shard(s) failed or are damaged; everything else is done." in output
+    assert (tmp_path / "scanned" / "clean" / "part-0000.tar").exists()
+
+
+def test_removing_more_than_half_gives_exit_code_3_unless_forced(sanitize, detector, shards):
+    arguments = ("scan", shards, "--detector", detector, "--workers", "0", "--fraction", "0.9")
+    code, output = sanitize(*arguments)
+    assert (code, "more than half" in output) == (3, True)
+    assert sanitize(*arguments, "--force")[0] == 0
+
+
+def test_init_writes_settings_that_load(sanitize, tmp_path):
+    code, output = sanitize("init")
+    assert (code, output.split()) == (0, ["wrote", "sanitize.yaml", "wrote", "encoder.yaml"])
+    values = yaml.safe_load((tmp_path / "sanitize.yaml").read_text())
+    encoder = yaml.safe_load((tmp_path / "encoder.yaml").read_text())
+    fit = {key: value for key, value in values["fit"].items() if key != "preset"} | {"encoder": encoder}
+    from_mapping(FitConfig, fit, "fit")
+    from_mapping(ScanConfig, values["scan"], "scan")
+    code, output = sanitize("init")
+    assert (code, "sanitize.yaml: is here already" in output) == (2, True)
+
+
+WRONG = {
+    "no shards": (["scan"], "no shards given. Name a folder: sanitize scan shards/"),
+    "missing folder": (["scan", "nowhere"], "nowhere: no such file or folder. Check the path"),
+    "no encoder": (["fit", "in"], "no encoder given. Describe it in a YAML file"),
+    "missing encoder file": (["fit", "in", "--encoder", "e.yaml"], "e.yaml: no such file. Check the path."),
+    "unknown preset": (["fit", "in", "--preset", "best"], "preset 'best' is not known. Use one of default, paper"),
+    "unknown setting": (["scan", "in", "--set", "colour=1"], "settings of scan: unknown key 'colour'. Known keys: shards, detector"),
+    "wrong type": (["scan", "in", "--set", "batch_size=many"], "batch_size holds 'many', int was expected"),
+    "not key=value": (["scan", "in", "--set", "batch_size"], "--set batch_size: write it as key=value"),
+    "unknown policy": (["scan", "in", "--policy", "magic"], "policy: 'magic' is not one of calibrated, fdr"),
+    "rate out of range": (["scan", "in", "--fpr", "7"], "fpr: 7.0 is not between 0 and 1"),
+    "unknown trigger": (["poison", "in", "--trigger", "star"], "--trigger star: not known. Use one of patch"),
+    "trigger too large": (["poison", "in", "--side", "99"], "trigger of side 99 with margin 1 does not fit a 16 x 16 image"),
+    "no scan there": (["audit", "in"], "in: no scan there (run.json is missing)"),
+    "too many workers": (["scan", "in", "--workers", "4000"], "do not fit: there are"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_use_is_one_clear_line_and_exit_code_2(sanitize, tmp_path, detector, case):
+    write_shards(tmp_path / "in", [3])
+    (tmp_path / "detector").symlink_to(detector)
+    arguments, words = WRONG[case]
+    code, output = sanitize(*arguments)
+    assert words in output
+    assert code == 2
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("scan: {detektor: x}", "settings of scan: unknown key 'detektor'"),
+        ("skan: {}", "sanitize.yaml: unknown section 'skan'. Known sections: fit, scan."),
+        ("scan: [", "sanitize.yaml: not valid YAML"),
+        ("just text", "holds str, settings were expected"),
+        ("fit: {encoder: {architecture: resnet18, image_size: -1}}", "encoder: image_size: -1 is not between 1 and 4096 pixels"),
+        ("fit: {decoder: {patch_size: 3}}", "decoder: decoder.patch_size: 3 does not divide decoder.image_size 8"),
+    ],
+)
+def test_mistakes_in_the_config_file_name_the_file_and_the_key(sanitize, tmp_path, text, words):
+    write_shards(tmp_path / "in", [3])
+    (tmp_path / "sanitize.yaml").write_text(text)
+    command = ["fit", "in"] if text.startswith("fit") else ["scan", "in"]
+    if "decoder" in text:
+        (tmp_path / "e.yaml").write_text("architecture: resnet18")
+        command += ["--encoder", "e.yaml"]
+    code, output = sanitize(*command)
+    assert (words in output, code) == (True, 2), output
+
+
+def test_truth_of_other_shards_is_refused(sanitize, detector, tmp_path):
+    write_shards(tmp_path / "in", [30])
+    sanitize("scan", "in", "--detector", detector, "--workers", "0", "--fraction", "0.1")
+    (tmp_path / "t.json").write_text('{"poisoned": [{"shard": "other", "key": "k", "index": 0}]}')
+    code, output = sanitize("audit", "scanned", "--truth", "t.json")
+    assert (code, "names 1 samples that the scan does not have (first: shard other, index 0)" in output) == (2, True)
+    (tmp_path / "t.json").write_text('{"poisoned": []}')
+    code, output = sanitize("audit", "scanned", "--truth", "t.json")
+    assert (code, "all 30 scored samples are clean; metrics need both" in output) == (2, True)
+    (tmp_path / "t.json").write_text('{"keys": []}')
+    code, output = sanitize("audit", "scanned", "--truth", "t.json")
+    assert (code, "not a truth file" in output) == (2, True)
+
+
+def test_a_tar_without_images_is_a_failed_shard(sanitize, detector, tmp_path):
+    write_tar(tmp_path / "in" / "s.tar", [("a.wav", b"x")])
+    code, output = sanitize("scan", "in", "--detector", detector, "--workers", "0")
+    assert (code, "none of its 1 samples has an image" in output) == (1, True)
+
+
+@pytest.mark.parametrize("command", ["fit", "scan", "clean", "audit", "verify", "poison", "init"])
+def test_help_of_every_command_shows_an_example(sanitize, command):
+    code, output = sanitize(command, "--help")
+    assert code == 0
+    assert command == "init" or f"Example:  sanitize {command}" in output
+
+
+def test_the_paper_preset_is_the_card():
+    paper = FIT_PRESETS["paper"]
+    assert paper["decoder"] == {
+        "image_size": 32,
+        "patch_size": 4,
+        "width": 192,
+        "heads": 3,
+        "encoder_depth": 12,
+        "decoder_depth": 4,
+        "standardize_embedding": False,
+    }
+    assert (paper["training"]["epochs"], paper["training"]["mask_ratio_min"], paper["test_mask_ratio"]) == (200, 0.9, 0.99)
+    assert cli.CONFIG_FILE == "sanitize.yaml"

@@ -1,0 +1,83 @@
+import numpy as np
+import pytest
+
+from sanitize.config import ThresholdPolicy
+from sanitize.errors import ConfigError
+from sanitize.stages.thresholds import cut_off, keep, p_values
+
+RNG = np.random.default_rng(0)
+CALIBRATION = np.sort(RNG.normal(size=999).astype(np.float32))
+SCORES = np.r_[RNG.normal(size=2000), RNG.normal(8, 1, size=40), [np.nan]].astype(np.float32)
+
+
+def removed(policy: ThresholdPolicy, scores=SCORES, calibration=CALIBRATION):
+    return ~keep(scores, cut_off(scores, calibration, policy))
+
+
+def test_p_value_is_the_plain_loop():
+    expected = [(1 + sum(c >= s for c in CALIBRATION)) / 1000 for s in SCORES[:50]]
+    assert p_values(SCORES[:50], CALIBRATION) == pytest.approx(expected)
+    assert np.isnan(p_values(np.array([np.nan], np.float32), CALIBRATION)[0])
+
+
+def test_calibrated_removes_exactly_the_samples_with_p_at_most_fpr():
+    for fpr in (0.001, 0.01, 0.2):
+        p = p_values(SCORES[:-1], CALIBRATION)
+        assert np.array_equal(removed(ThresholdPolicy("calibrated", fpr=fpr))[:-1], p <= np.float32(fpr))
+
+
+def test_calibrated_keeps_its_false_positive_rate_on_average():
+    rates = []
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        calibration = np.sort(rng.normal(size=500).astype(np.float32))
+        rates.append(removed(ThresholdPolicy(fpr=0.05), rng.normal(size=2000).astype(np.float32), calibration).mean())
+    assert np.mean(rates) == pytest.approx(0.05, abs=0.005)
+
+
+def test_too_few_calibration_scores_says_how_many_are_needed():
+    with pytest.raises(ConfigError, match=r"fpr 0.001: needs at least 999 calibration scores, the detector has 99"):
+        cut_off(SCORES, CALIBRATION[:99], ThresholdPolicy(fpr=0.001))
+    cut_off(SCORES, CALIBRATION, ThresholdPolicy(fpr=0.001))
+
+
+def test_fdr_is_benjamini_hochberg():
+    p = p_values(SCORES[:-1], CALIBRATION).astype(np.float64)
+    order = np.argsort(p)
+    largest = max((i for i in range(len(p)) if p[order[i]] <= 0.1 * (i + 1) / len(p)), default=-1)
+    expected = p <= p[order[largest]]
+    assert np.array_equal(removed(ThresholdPolicy("fdr", fpr=0.1))[:-1], expected)
+    assert not removed(ThresholdPolicy("fdr", fpr=0.1), SCORES[:2000])[:2000].all()
+
+
+def test_fraction_removes_the_top_share_and_keeps_ties():
+    assert removed(ThresholdPolicy("fraction", fraction=0.01))[:-1].sum() == round(0.01 * 2040)
+    assert removed(ThresholdPolicy("fraction", fraction=1.0)).all()
+    assert removed(ThresholdPolicy("fraction", fraction=0.5), np.ones(10, np.float32)).sum() == 0
+
+
+def test_robust_finds_the_far_cluster_without_calibration():
+    assert np.flatnonzero(removed(ThresholdPolicy("robust", mad=5), calibration=CALIBRATION[:0])[:-1]).min() >= 2000
+
+
+def test_absolute_keeps_the_threshold_itself():
+    scores = np.array([0.1, 0.2], np.float32)
+    assert keep(scores, cut_off(scores, CALIBRATION, ThresholdPolicy("absolute", threshold=0.1))).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("policy", ["calibrated", "fdr", "fraction"])
+def test_a_stricter_setting_keeps_a_subset(policy):
+    kept = [~removed(ThresholdPolicy(policy, fpr=rate, fraction=rate)) for rate in (0.01, 0.05, 0.3)]
+    assert (kept[0] >= kept[1]).all()
+    assert (kept[1] >= kept[2]).all()
+
+
+def test_nan_is_never_clean():
+    scores = np.array([np.nan, -1e30], np.float32)
+    assert keep(scores, np.inf).tolist() == [False, True]
+    assert keep(scores, np.inf, keep_unscored=True).tolist() == [True, True]
+
+
+def test_nothing_scored_removes_nothing_else():
+    nothing = np.array([np.nan], np.float32)
+    assert cut_off(nothing, CALIBRATION, ThresholdPolicy("fdr")) == np.inf
