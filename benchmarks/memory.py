@@ -1,6 +1,6 @@
 """Peak memory of `sanitize scan` on few and many, small and large shards: it must not grow with either.
 
-    python -m benchmarks.memory
+python -m benchmarks.memory
 """
 
 import os

@@ -59,7 +59,9 @@ def decode_only(shards: Path) -> int:
     count = 0
     for shard in list_shards([str(shards)]):
         with storage.open_read(shard.url) as file:
-            count += sum(len(b) for b in picture_batches(ShardReader(file, shard).samples(), BATCH, os.cpu_count() or 1))
+            count += sum(
+                len(b) for b in picture_batches(ShardReader(file, shard).samples(), BATCH, os.cpu_count() or 1)
+            )
     return count
 
 
@@ -112,7 +114,10 @@ def measure(title: str, shards: Path, detector: Path, count: int) -> None:
         print(f"  {name:42s} {rate:9.1f} images/s", flush=True)
     for workers in (0, 1, 2):
         rate, startup = scan_rate(shards, detector, workers, count)
-        print(f"  {f'sanitize scan, {workers} workers':42s} {rate:9.1f} images/s = {rate / bound:.0%} of bound, start-up {startup:.1f} s", flush=True)
+        print(
+            f"  {f'sanitize scan, {workers} workers':42s} {rate:9.1f} images/s = {rate / bound:.0%} of bound, start-up {startup:.1f} s",
+            flush=True,
+        )
 
 
 def scan_rate(shards: Path, detector: Path, workers: int, count: int) -> tuple[float, float]:

@@ -81,7 +81,9 @@ def module(name: str, *arguments: str) -> None:
 
 
 def run(name: str, *arguments: str) -> None:
-    finished = subprocess.run([sys.executable, "-m", name, *arguments], env=os.environ | {"PYTHONUNBUFFERED": "1"}, check=False)
+    finished = subprocess.run(
+        [sys.executable, "-m", name, *arguments], env=os.environ | {"PYTHONUNBUFFERED": "1"}, check=False
+    )
     if finished.returncode:
         raise SystemExit(f"that command failed with exit code {finished.returncode}")
 

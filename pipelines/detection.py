@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
@@ -30,7 +31,9 @@ from sanitize.fit import fit
 from sanitize.metrics import Detection, detection
 from sanitize.poison import load_truth, poison
 from sanitize.scan import scan
-from sanitize.stages.images import decode_sample, to_batch
+from sanitize.stages.images import to_batch
+from sanitize.stages.loader import picture_batches
+from sanitize.stages.score_table import numbers
 from sanitize.stages.shards import ShardReader, list_shards
 
 log = logging.getLogger(__name__)
@@ -73,9 +76,9 @@ def run(study: Study) -> list[Row]:
     pools = make_pools(study)
     controls = {name: energy_auroc(study, folders) for name, folders in pools.items()}
     rows: list[Row] = []
-    for auxiliary, shards in study.auxiliary.items():
-        for name, settings in study.presets.items():
-            measured = {kind: one_detector(study, kind, auxiliary, shards, name, settings, pools) for kind in ("backdoored", "clean")}
+    for auxiliary in study.auxiliary:
+        for name in study.presets:
+            measured = {kind: one_detector(study, kind, auxiliary, name, pools) for kind in ("backdoored", "clean")}
             qualities, seconds, rate = measured["backdoored"]
             control = measured["clean"][0]["balanced"].auroc
             for pool, quality in qualities.items():
@@ -97,61 +100,80 @@ def make_pools(study: Study) -> dict[str, tuple[str, ...]]:
 
 
 def one_detector(
-    study: Study, kind: str, auxiliary: str, shards: list[str], name: str, settings: dict[str, Any], pools: dict[str, tuple[str, ...]]
+    study: Study, kind: str, auxiliary: str, name: str, pools: dict[str, tuple[str, ...]]
 ) -> tuple[dict[str, Detection], float, float]:
     """Quality by pool, seconds to fit, and the clean test images' false-positive rate at nominal 1 %."""
     folder = storage.join(study.out, f"{kind}-{auxiliary}-{name}")
-    spec = load_encoder_spec(storage.join(study.victim, kind, "encoder.yaml"))
-    base = {"shards": shards, "encoder": spec, "out": storage.join(folder, "detector"), "workers": study.workers}
-    values = overlay(overlay(preset(settings.get("preset", "default")), base), {k: v for k, v in settings.items() if k != "preset"})
-    timing = storage.join(folder, "fit_seconds.json")
+    detector = storage.join(folder, "detector")
+    seconds = fitted(study, kind, auxiliary, name, detector)
+    qualities, rate = {}, float("nan")
+    for pool, sources in pools.items():
+        scores, p_values, truths = [], [], []
+        for number, source in enumerate(sources):
+            out = storage.join(folder, f"scan-{pool.split()[0]}-{number}")
+            scan(ScanConfig((source,), detector, out, workers=study.workers, scores_only=True))
+            score, p_value, truth = scanned(out, truth_of(source))
+            scores.append(score)
+            p_values.append(p_value)
+            truths.append(truth)
+        poisoned = np.concatenate(truths)
+        qualities[pool] = detection(np.concatenate(scores), poisoned)
+        rate = float((np.concatenate(p_values)[~poisoned] <= 0.01).mean())
+    return qualities, seconds, rate
+
+
+def fitted(study: Study, kind: str, auxiliary: str, name: str, detector: str) -> float:
+    """Seconds that fitting took; a detector that is there is not fitted again."""
+    timing = f"{detector}.seconds.json"
     if not storage.exists(timing):
+        settings = dict(study.presets[name])
+        base = {
+            "shards": study.auxiliary[auxiliary],
+            "encoder": load_encoder_spec(storage.join(study.victim, kind, "encoder.yaml")),
+            "out": detector,
+            "workers": study.workers,
+        }
+        values = overlay(overlay(preset(settings.pop("preset", "default")), base), settings)
         start = time.monotonic()
         fit(from_mapping(FitConfig, values, f"preset {name}"))
         storage.write_json(timing, {"seconds": time.monotonic() - start})
-    qualities, rate = {}, float("nan")
-    for pool, folders in pools.items():
-        scores, poisoned, p_values = [], [], []
-        for number, source in enumerate(folders):
-            out = storage.join(folder, f"scan-{pool.split()[0]}-{number}")
-            config = ScanConfig((source,), base["out"], out, workers=study.workers, scores_only=True)
-            scan(config)
-            columns, truth = scanned(out, source)
-            scores.append(columns["score"])
-            p_values.append(columns["p_value"])
-            poisoned.append(truth)
-        truth = np.concatenate(poisoned)
-        qualities[pool] = detection(np.concatenate(scores), truth)
-        rate = float((np.concatenate(p_values)[~truth] <= 0.01).mean())
-    return qualities, storage.read_json(timing)["seconds"], rate
+    return float(storage.read_json(timing)["seconds"])
 
 
-def scanned(out: str, source: str) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.bool_]]:
-    """Score and p-value of every row, and whether its sample is triggered (no truth file = clean shards)."""
-    truth_file = storage.join(source, "poison.json")
-    truth = load_truth(truth_file) if not source.endswith(".tar") and storage.exists(truth_file) else {}
-    tables = [pq.read_table(storage.join(out, "scores", name)) for name in storage.list_files(storage.join(out, "scores"), ".parquet")]
-    columns = {name: np.concatenate([t.column(name).to_numpy() for t in tables]) for name in ("score", "p_value")}
-    identities = [pair for t in tables for pair in zip(t.column("shard").to_pylist(), t.column("index").to_pylist(), strict=True)]
-    return columns, np.array([identity in truth for identity in identities])
+def truth_of(source: str) -> dict[tuple[str, int], bool]:
+    """What is poisoned in a folder; nothing in one without a truth file."""
+    path = storage.join(source, "poison.json")
+    return load_truth(path) if not source.endswith(".tar") and storage.exists(path) else {}
 
 
-def energy_auroc(study: Study, folders: tuple[str, ...]) -> float:
+def scanned(
+    out: str, truth: dict[tuple[str, int], bool]
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
+    """score, p_value and poisoned of every row of a scan."""
+    names = storage.list_files(storage.join(out, "scores"), ".parquet")
+    table = pa.concat_tables(
+        [pq.read_table(storage.join(out, "scores", name)) for name in names], promote_options="none"
+    )
+    identities = zip(table.column("shard").to_pylist(), table.column("index").to_pylist(), strict=True)
+    poisoned = np.array([identity in truth for identity in identities])
+    return numbers(table, "score"), numbers(table, "p_value"), poisoned
+
+
+def energy_auroc(study: Study, sources: tuple[str, ...]) -> float:
+    """The no-model control on the same images."""
     spec = load_encoder_spec(storage.join(study.victim, "backdoored", "encoder.yaml"))
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (spec.mean, spec.std))
     scores, poisoned = [], []
-    for source in folders:
-        truth_file = storage.join(source, "poison.json")
-        truth = load_truth(truth_file) if not source.endswith(".tar") and storage.exists(truth_file) else {}
+    for source in sources:
+        truth = truth_of(source)
         for shard in list_shards([source]):
             with storage.open_read(shard.url) as file:
-                for sample in ShardReader(file, shard).samples():
-                    pixels = decode_sample(sample).pixels
-                    if pixels is not None:
-                        images = to_batch([pixels], spec.image_size, spec.resize, torch.device("cpu"))
-                        scores.append(float(energy((images - mean) / std)))
-                        poisoned.append((shard.stem, sample.index) in truth)
-    return detection(np.array(scores, np.float32), np.array(poisoned)).auroc
+                for pictures in picture_batches(ShardReader(file, shard).samples(), 256, threads=2):
+                    pixels = [p.pixels for p in pictures if p.pixels is not None]
+                    images = to_batch(pixels, spec.image_size, spec.resize, torch.device("cpu"))
+                    scores.append(energy((images - mean) / std).numpy())
+                    poisoned += [(shard.stem, p.index) in truth for p in pictures if p.pixels is not None]
+    return detection(np.concatenate(scores), np.array(poisoned)).auroc
 
 
 def write_table(path: str, rows: list[Row]) -> None:

@@ -84,11 +84,15 @@ def load_images(patterns: tuple[str, ...], limit: int, size: int, *, labelled: b
             for sample in ShardReader(file, shard).samples():
                 picture = images.decode_sample(sample)
                 if picture.pixels is None:
-                    raise ConfigError(f"{shard.url}: {sample.key}: {picture.reason}. Use clean shards to make a victim.")
+                    raise ConfigError(
+                        f"{shard.url}: {sample.key}: {picture.reason}. Use clean shards to make a victim."
+                    )
                 batch = images.to_batch([picture.pixels], size, "squash", torch.device("cpu"))
                 pixels.append((batch[0] * 255).round().to(torch.uint8))
                 member = next((m for m in sample.members if m.extension == "cls"), None)
-                check(not labelled or member is not None, f"{shard.url}: {sample.key} has no .cls member (class index).")
+                check(
+                    not labelled or member is not None, f"{shard.url}: {sample.key} has no .cls member (class index)."
+                )
                 if member is not None:
                     labels_file.seek(member.data)
                     labels.append(int(labels_file.read(member.size)))

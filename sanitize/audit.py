@@ -50,13 +50,17 @@ def audit(out: str, truth: str = "", top: int = 32) -> AuditResult:
     scored = _read(out, sorted(run["shards"]))
     finite = np.isfinite(scored.scores)
     if not finite.any():
-        raise ConfigError(f"{out}: no sample has a score; nothing to audit. Look at the `reason` column in scores/*.parquet.")
+        raise ConfigError(
+            f"{out}: no sample has a score; nothing to audit. Look at the `reason` column in scores/*.parquet."
+        )
     summary_path = storage.join(out, "summary.json")
     summary = storage.read_json(summary_path) if storage.exists(summary_path) else {}
     threshold = float(summary["threshold"]) if summary else None
     poisoned = _poisoned(scored, truth) if truth else None
     quality = detection(scored.scores[finite], poisoned[finite]) if poisoned is not None else None
-    at_threshold = _at_threshold(scored, poisoned, threshold) if poisoned is not None and threshold is not None else None
+    at_threshold = (
+        _at_threshold(scored, poisoned, threshold) if poisoned is not None and threshold is not None else None
+    )
     folder = storage.join(out, "audit")
     known = poisoned[finite] if poisoned is not None else None
     preview.write_histogram(storage.join(folder, "histogram.png"), scored.scores[finite], threshold, known)
@@ -82,7 +86,8 @@ def _read(out: str, stems: list[str]) -> Scored:
     if not tables:
         raise ConfigError(f"{out}: no score table there. Run `sanitize scan` again.")
     by_column: dict[str, Any] = {
-        name: np.concatenate([table.column(name).to_numpy(zero_copy_only=False) for table in tables]) for name in columns[:4]
+        name: np.concatenate([table.column(name).to_numpy(zero_copy_only=False) for table in tables])
+        for name in columns[:4]
     }
     scores = np.concatenate([score_table.numbers(table, "score") for table in tables])
     return Scored(by_column["shard"], by_column["key"], by_column["index"], by_column["status"], scores)
@@ -121,7 +126,9 @@ def _text(
     counts = Counter(scored.statuses.tolist())
     lines = [f"{out}: {len(scored.scores)} samples, {len(finite)} with a score"]
     lines += [f"  {count} without: {status}" for status, count in sorted(counts.items()) if status != "ok"]
-    lines.append(f"  score: median {np.median(finite):.4g}, 99 % {np.quantile(finite, 0.99):.4g}, highest {finite.max():.4g}")
+    lines.append(
+        f"  score: median {np.median(finite):.4g}, 99 % {np.quantile(finite, 0.99):.4g}, highest {finite.max():.4g}"
+    )
     if summary:
         lines.append(f"  policy {summary['policy']['policy']}: threshold {threshold:.4g}, {summary['removed']} removed")
     if quality:
@@ -135,7 +142,9 @@ def _text(
             f"{at_threshold['false_positive_rate']:.2%} of the clean samples removed, precision {at_threshold['precision']:.1%}"
         )
     order = np.argsort(-np.nan_to_num(scored.scores, nan=-np.inf), kind="stable")[:5]
-    lines += ["  most suspicious:"] + [f"    {scored.scores[i]:.4g}  {scored.shards[i]} {scored.keys[i]}" for i in order]
+    lines += ["  most suspicious:"] + [
+        f"    {scored.scores[i]:.4g}  {scored.shards[i]} {scored.keys[i]}" for i in order
+    ]
     return "\n".join(lines)
 
 
@@ -188,10 +197,12 @@ def _pictures(run: dict[str, Any], scored: Scored, order: NDArray[np.int64]) -> 
 def _write_html(folder: str, text: str) -> None:
     """One file with the pictures inside, so that it can be mailed."""
     parts = ["<!doctype html><meta charset='utf-8'><title>sanitize audit</title>", f"<pre>{html.escape(text)}</pre>"]
-    for title, name in (("Scores", "histogram.png"), ("Most suspicious samples and their reconstructions", "suspicious.png")):
+    for title, name in (
+        ("Scores", "histogram.png"),
+        ("Most suspicious samples and their reconstructions", "suspicious.png"),
+    ):
         path = storage.join(folder, name)
         if storage.exists(path):
             data = base64.b64encode(storage.read_bytes(path)).decode()
             parts.append(f"<h2>{title}</h2><img alt='{name}' src='data:image/png;base64,{data}'>")
     storage.write_bytes(storage.join(folder, "report.html"), "\n".join(parts).encode())
-

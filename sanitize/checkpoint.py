@@ -75,7 +75,9 @@ def load(folder: str) -> Detector:
     """Read a detector folder. Raises CheckpointError when it is missing, damaged or of another version."""
     path = storage.join(folder, "detector.json")
     if not storage.exists(path):
-        raise CheckpointError(f"{folder}: no detector there (detector.json is missing). Run `sanitize fit` first, or give --detector.")
+        raise CheckpointError(
+            f"{folder}: no detector there (detector.json is missing). Run `sanitize fit` first, or give --detector."
+        )
     values = storage.read_json(path)
     if values.get("format_version") != FORMAT_VERSION or values.get("decode_path") != DECODE_PATH:
         raise CheckpointError(
@@ -103,7 +105,9 @@ def load(folder: str) -> Detector:
 def _checked(folder: str, name: str, values: dict[str, Any]) -> bytes:
     data = storage.read_bytes(storage.join(folder, name))
     if hashlib.sha256(data).hexdigest() != values["sha256"][name]:
-        raise CheckpointError(f"{folder}/{name}: does not match detector.json (changed or damaged). Run `sanitize fit` again.")
+        raise CheckpointError(
+            f"{folder}/{name}: does not match detector.json (changed or damaged). Run `sanitize fit` again."
+        )
     return data
 
 

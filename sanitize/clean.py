@@ -80,7 +80,7 @@ class SplitTask:
         counts = {"kept": int(kept.sum()), "removed": int((~kept).sum()), "decision": decision}
         result = marker | {"clean": counts, "files": marker["files"] | files}
         storage.write_json(path, result)
-        tick(len(kept), counts["removed"], shard.size)
+        tick(len(kept), int((~kept).sum()), shard.size)
         return result
 
 
@@ -179,7 +179,9 @@ def clean(
     with ProgressDisplay("clean", len(scored), sum(s.size for s in scored)) as display:
         for outcome in runtime.map_shards(task, scored, resources, display, address):
             failed += [outcome.error] if outcome.error else []
-    result = CleanResult(threshold, int(kept.sum()), int((~kept).sum()), int(np.isnan(scores).sum()), tuple(sorted(failed)))
+    result = CleanResult(
+        threshold, int(kept.sum()), int((~kept).sum()), int(np.isnan(scores).sum()), tuple(sorted(failed))
+    )
     _write_summary(out, policy, result, decisions, shards, scored)
     return result
 
@@ -190,7 +192,9 @@ def _calibration(out: str, run: dict[str, Any], policy: ThresholdPolicy) -> NDAr
         return np.empty(0, np.float32)
     detector = checkpoint.load(run["detector"])
     if detector.fingerprint != run["detector_fingerprint"]:
-        raise RefusedError(f"{run['detector']}: is not the detector that {out} was scanned with. Restore it, or scan again.")
+        raise RefusedError(
+            f"{run['detector']}: is not the detector that {out} was scanned with. Restore it, or scan again."
+        )
     return detector.calibration
 
 
@@ -214,10 +218,10 @@ def _guard(scores: NDArray[np.float32], kept: NDArray[np.bool_], force: bool) ->
 
 def _write_decisions(out: str, shards: Sequence[Shard], policy: ThresholdPolicy, threshold: float) -> str:
     """decisions.parquet, one shard in memory at a time; returns its SHA-256."""
-    with storage.atomic_write(storage.join(out, "decisions.parquet")) as target:
-        with pq.ParquetWriter(target, DECISIONS, compression="zstd") as writer:
-            for table in _decisions(out, shards, policy, threshold):
-                writer.write_table(table)
+    path = storage.join(out, "decisions.parquet")
+    with storage.atomic_write(path) as target, pq.ParquetWriter(target, DECISIONS, compression="zstd") as writer:
+        for table in _decisions(out, shards, policy, threshold):
+            writer.write_table(table)
     return target.sha256()
 
 
@@ -233,13 +237,21 @@ def _decisions(out: str, shards: Sequence[Shard], policy: ThresholdPolicy, thres
                 table.column("status").to_pylist(), table.column("reason").to_pylist(), kept.tolist(), strict=True
             )
         ]
-        arrays = [table.column(name) for name in ("shard", "key", "index")] + [pa.array(kept), pa.array(reasons, pa.string())]
+        arrays = [table.column(name) for name in ("shard", "key", "index")] + [
+            pa.array(kept),
+            pa.array(reasons, pa.string()),
+        ]
         arrays += [table.column("score"), pa.array(np.full(len(kept), threshold, np.float32))]
         yield pa.table(arrays, schema=DECISIONS)
 
 
 def _write_summary(
-    out: str, policy: ThresholdPolicy, result: CleanResult, decisions: str, shards: Sequence[Shard], scored: Sequence[Shard]
+    out: str,
+    policy: ThresholdPolicy,
+    result: CleanResult,
+    decisions: str,
+    shards: Sequence[Shard],
+    scored: Sequence[Shard],
 ) -> None:
     markers = [storage.read_json(storage.join(out, "done", f"{shard.stem}.json")) for shard in scored]
     summary = {

@@ -13,7 +13,17 @@ import click
 import yaml
 
 from sanitize import __version__
-from sanitize.config import FitConfig, ScanConfig, ThresholdPolicy, check, from_mapping, load_encoder_spec, load_yaml, overlay, preset
+from sanitize.config import (
+    FitConfig,
+    ScanConfig,
+    ThresholdPolicy,
+    check,
+    from_mapping,
+    load_encoder_spec,
+    load_yaml,
+    overlay,
+    preset,
+)
 from sanitize.errors import ConfigError, SanitizeError, StorageError
 
 CONFIG_FILE = "sanitize.yaml"
@@ -54,11 +64,19 @@ def main(quiet: bool) -> None:
 
 def _common(function: Callable[..., Any]) -> Callable[..., Any]:
     options = [
-        click.option("--config", default="", help=f"YAML with a section per command [default: {CONFIG_FILE} if it is here]"),
-        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting, for example training.epochs=5"),
-        click.option("--workers", type=int, help="Ray workers; 0 = this process without Ray [default: what the machine has]"),
+        click.option(
+            "--config", default="", help=f"YAML with a section per command [default: {CONFIG_FILE} if it is here]"
+        ),
+        click.option(
+            "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting, for example training.epochs=5"
+        ),
+        click.option(
+            "--workers", type=int, help="Ray workers; 0 = this process without Ray [default: what the machine has]"
+        ),
         click.option("--gpus-per-worker", type=float, help="[default: 1 if there are GPUs]"),
-        click.option("--cpus-per-worker", type=int, help="Threads for decoding and torch [default: what the machine has]"),
+        click.option(
+            "--cpus-per-worker", type=int, help="Threads for decoding and torch [default: what the machine has]"
+        ),
         click.option("--batch-size", type=int, help="Images per forward pass [default: 256]"),
         click.option("--address", help="Ray cluster to join, for example auto [default: a local one]"),
         click.option("--image-member", help="Extension of the member to score when a sample has several images"),
@@ -92,7 +110,9 @@ def _values(section: str, config: str, settings: Sequence[str], options: dict[st
 
 def _build(cls: type[T], values: dict[str, Any], section: str) -> T:
     if not values.get("shards"):
-        raise ConfigError(f"no shards given. Name a folder: sanitize {section} shards/  (or set {section}.shards in {CONFIG_FILE}).")
+        raise ConfigError(
+            f"no shards given. Name a folder: sanitize {section} shards/  (or set {section}.shards in {CONFIG_FILE})."
+        )
     return from_mapping(cls, values, f"settings of {section}")
 
 
@@ -107,7 +127,9 @@ def _build(cls: type[T], values: dict[str, Any], section: str) -> T:
 @click.option("--limit", type=int, help="Use at most this many auxiliary images")
 @click.option("--seed", type=int)
 @_common
-def fit(shards: tuple[str, ...], preset_name: str | None, config: str, settings: tuple[str, ...], **options: Any) -> None:
+def fit(
+    shards: tuple[str, ...], preset_name: str | None, config: str, settings: tuple[str, ...], **options: Any
+) -> None:
     """Train a decoder on auxiliary shards and calibrate it.
 
     \b
@@ -119,7 +141,9 @@ def fit(shards: tuple[str, ...], preset_name: str | None, config: str, settings:
     values = overlay(preset(preset_name or values.pop("preset", "default")), values)
     values.pop("preset", None)
     if "encoder" not in values:
-        raise ConfigError("no encoder given. Describe it in a YAML file and name it: sanitize fit aux/ --encoder encoder.yaml")
+        raise ConfigError(
+            "no encoder given. Describe it in a YAML file and name it: sanitize fit aux/ --encoder encoder.yaml"
+        )
     detector = run(_build(FitConfig, values, "fit"))
     summary = detector.summary
     click.echo(
@@ -135,7 +159,9 @@ def _policy_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--fraction", type=float, help="fraction: share of samples to remove"),
         click.option("--threshold", type=float, help="absolute: remove scores above it"),
         click.option("--mad", type=float, help="robust: median + this many scaled MADs [default: 6]"),
-        click.option("--keep-unscored", is_flag=True, default=None, help="Keep samples without a score (undecodable, no image)"),
+        click.option(
+            "--keep-unscored", is_flag=True, default=None, help="Keep samples without a score (undecodable, no image)"
+        ),
         click.option("--force", is_flag=True, default=None, help="Go on although more than half would be removed"),
     ]
     for option in reversed(options):
@@ -245,7 +271,9 @@ def verify(scanned: str) -> None:
     result = run(scanned.rstrip("/"))
     for problem in result.problems:
         click.echo(f"problem: {problem}", err=True)
-    click.echo(f"{scanned}: {result.shards} shards, {result.files} files, {result.samples} samples, {len(result.problems)} problems")
+    click.echo(
+        f"{scanned}: {result.shards} shards, {result.files} files, {result.samples} samples, {len(result.problems)} problems"
+    )
     if result.problems:
         sys.exit(1)
 
@@ -259,7 +287,9 @@ def verify(scanned: str) -> None:
 @click.option("--margin", default=1, show_default=True, help="Pixels between the patch and the right and bottom border")
 @click.option("--colour", default="255,255,255", show_default=True, help="Red, green, blue")
 @click.option("--seed", default=0, show_default=True)
-def poison(shards: tuple[str, ...], out: str, trigger: str, rate: float, side: int, margin: int, colour: str, seed: int) -> None:
+def poison(
+    shards: tuple[str, ...], out: str, trigger: str, rate: float, side: int, margin: int, colour: str, seed: int
+) -> None:
     """Red team: stamp a trigger on some samples and keep the truth.
 
     \b

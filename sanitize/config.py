@@ -44,7 +44,9 @@ class EncoderSpec:
     def __post_init__(self) -> None:
         check(1 <= self.image_size <= 4096, f"image_size: {self.image_size} is not between 1 and 4096 pixels.")
         check(self.resize in ("squash", "crop"), f"resize: {self.resize!r} is not 'squash' or 'crop'.")
-        check(len(self.mean) == 3 and len(self.std) == 3, "mean and std: give three numbers each, for red, green, blue.")
+        check(
+            len(self.mean) == 3 and len(self.std) == 3, "mean and std: give three numbers each, for red, green, blue."
+        )
         check(min(self.std) > 0, "std: every value must be above 0.")
         check(self.width >= 1 and self.stem_stride in (1, 2), "width must be at least 1, stem_stride 1 or 2.")
 
@@ -99,7 +101,9 @@ class TrainingConfig:
             0 < self.mask_ratio_min <= self.mask_ratio_max <= 1,
             "training.mask_ratio_min and mask_ratio_max: 0 < min <= max <= 1.",
         )
-        check(self.schedule in ("cosine", "constant"), f"training.schedule: {self.schedule!r} is not cosine or constant.")
+        check(
+            self.schedule in ("cosine", "constant"), f"training.schedule: {self.schedule!r} is not cosine or constant."
+        )
         check(0 < self.calibration_fraction < 1, "training.calibration_fraction must be between 0 and 1.")
         check_precision(self.precision)
 
@@ -139,7 +143,9 @@ class ThresholdPolicy:
     """How scores become decisions; see stages/thresholds.py."""
 
     policy: str = "calibrated"  # calibrated | fdr | fraction | absolute | robust
-    fpr: float = 0.01  # calibrated: share of clean images that may be lost; fdr: share of false alarms among the removed
+    fpr: float = (
+        0.01  # calibrated: share of clean images that may be lost; fdr: share of false alarms among the removed
+    )
     fraction: float = 0.01  # fraction: share of the samples to remove
     threshold: float = 0.0  # absolute: remove scores above it
     mad: float = 6.0  # robust: remove scores above median + mad * (scaled median absolute deviation)

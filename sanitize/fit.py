@@ -11,7 +11,6 @@ import logging
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -45,13 +44,15 @@ def fit(config: FitConfig) -> Detector:
     encoder = load_encoder(config.encoder)
     fingerprint = encoder.fingerprint()
     _refuse_other_run(config, fingerprint)
-    resources = runtime.plan(config.workers, config.cpus_per_worker, config.gpus_per_worker, len(shards), config.address)
+    resources = runtime.plan(
+        config.workers, config.cpus_per_worker, config.gpus_per_worker, len(shards), config.address
+    )
     with runtime.ray_session(config.address) if resources.workers else contextlib.nullcontext():
-        auxiliary = _embedded(config, shards, fingerprint, resources)
+        auxiliary = _embedded(config, shards, resources)
         calibration_mask = _held_out(auxiliary.hashes, config.training.calibration_fraction, config.seed)
         training = auxiliary.select(torch.from_numpy(~calibration_mask))
         held_out = auxiliary.select(torch.from_numpy(calibration_mask))
-        _require_enough(len(training.hashes), len(held_out.hashes), config)
+        _require_enough(len(training.hashes), len(held_out.hashes))
         state = train_decoder(config, training, resources)
     detector = _calibrated(config, encoder, fingerprint, state, training, held_out)
     saved = checkpoint.save(detector, config.out, library_versions())
@@ -111,7 +112,10 @@ class EmbedTask:
         if not columns:
             return {"images": 0}
         names = ("embeddings", "images", "hashes")
-        tensors = {name: torch.cat(column)[: self.limit or None] for name, column in zip(names, zip(*columns, strict=True), strict=True)}
+        tensors = {
+            name: torch.cat(column)[: self.limit or None]
+            for name, column in zip(names, zip(*columns, strict=True), strict=True)
+        }
         storage.write_bytes(path, safetensors.torch.save(tensors))
         return {"images": len(tensors["hashes"])}
 
@@ -126,7 +130,9 @@ class EmbedTask:
             for pictures in picture_batches(reader.samples(), self.batch_size, threads):
                 usable = [p for p in pictures if p.pixels is not None]
                 if usable:
-                    images = to_batch([p.pixels for p in usable if p.pixels is not None], spec.image_size, spec.resize, device)
+                    images = to_batch(
+                        [p.pixels for p in usable if p.pixels is not None], spec.image_size, spec.resize, device
+                    )
                     hashes = np.frombuffer(bytes.fromhex("".join(p.sha256 for p in usable)), np.uint8).reshape(-1, 32)
                     small = shrink(images, self.image_size).half().cpu()
                     yield embed(encoder, images, dtype).cpu(), small, torch.from_numpy(hashes.copy())
@@ -134,7 +140,7 @@ class EmbedTask:
                 tick(done, 0, reader.bytes_read)
 
 
-def _embedded(config: FitConfig, shards: list[Shard], fingerprint: str, resources: Resources) -> Auxiliary:
+def _embedded(config: FitConfig, shards: list[Shard], resources: Resources) -> Auxiliary:
     cache = storage.absolute(storage.join(config.out, "cache"))
     task = EmbedTask(
         *(config.encoder, config.decoder.image_size, config.training.precision, config.batch_size),
@@ -149,12 +155,20 @@ def _embedded(config: FitConfig, shards: list[Shard], fingerprint: str, resource
     paths = [storage.join(cache, f"{shard.stem}.safetensors") for shard in shards]
     parts = [_load_cached(path) for path in paths if storage.exists(path)]
     if not parts:
-        raise ConfigError(f"no usable image in {', '.join(config.shards)}. {failed[0] if failed else 'Give shards with images.'}")
-    return Auxiliary(*(torch.cat([part[n] for part in parts])[: config.limit or None] for n in ("embeddings", "images", "hashes")))
+        raise ConfigError(
+            f"no usable image in {', '.join(config.shards)}. {failed[0] if failed else 'Give shards with images.'}"
+        )
+    return Auxiliary(
+        *(torch.cat([part[n] for part in parts])[: config.limit or None] for n in ("embeddings", "images", "hashes"))
+    )
 
 
 def _load_cached(path: str) -> dict[str, Tensor]:
-    return safetensors.torch.load_file(path) if storage.is_local(path) else safetensors.torch.load(storage.read_bytes(path))
+    return (
+        safetensors.torch.load_file(path)
+        if storage.is_local(path)
+        else safetensors.torch.load(storage.read_bytes(path))
+    )
 
 
 def _held_out(hashes: Tensor, fraction: float, seed: int) -> np.ndarray:
@@ -165,7 +179,7 @@ def _held_out(hashes: Tensor, fraction: float, seed: int) -> np.ndarray:
     return chosen
 
 
-def _require_enough(training: int, held_out: int, config: FitConfig) -> None:
+def _require_enough(training: int, held_out: int) -> None:
     if training < MIN_IMAGES or held_out < 1:
         raise ConfigError(
             f"{training + held_out} auxiliary images leave {training} to train and {held_out} to calibrate on; at least "
@@ -177,11 +191,16 @@ def _require_enough(training: int, held_out: int, config: FitConfig) -> None:
 
 
 def _calibrated(
-    config: FitConfig, encoder: Encoder, fingerprint: str, state: TrainingState, training: Auxiliary, held_out: Auxiliary
+    config: FitConfig,
+    encoder: Encoder,
+    fingerprint: str,
+    state: TrainingState,
+    training: Auxiliary,
+    held_out: Auxiliary,
 ) -> Detector:
     device = runtime.device()
     decoder = state.decoder.to(device).eval().requires_grad_(False)
-    references = _references(decoder, training, encoder, config.seed, device)
+    references = _references(decoder, training, config.seed, device)
     scorer = Scorer(
         *(encoder, decoder, references),
         name=config.scorer,
@@ -193,8 +212,12 @@ def _calibrated(
     scores, reconstructions = _scores(scorer, held_out)
     scores_array = np.sort(scores.numpy())
     if not np.isfinite(scores_array).all():
-        raise SanitizeError("training diverged: calibration scores are not finite. Lower training.learning_rate and fit again.")
-    preview.write_reconstructions(storage.join(config.out, "reconstructions.png"), held_out.images, reconstructions, scores)
+        raise SanitizeError(
+            "training diverged: calibration scores are not finite. Lower training.learning_rate and fit again."
+        )
+    preview.write_reconstructions(
+        storage.join(config.out, "reconstructions.png"), held_out.images, reconstructions, scores
+    )
     quantiles = {f"{q:g}": float(np.quantile(scores_array, q)) for q in (0.01, 0.5, 0.9, 0.99)}
     summary = {
         "training_images": len(training.hashes),
@@ -204,7 +227,9 @@ def _calibrated(
         "calibration_score_quantiles": quantiles,
     }
     return Detector(
-        encoder=dataclasses.replace(config.encoder, weights=storage.absolute(config.encoder.weights) if config.encoder.weights else ""),
+        encoder=dataclasses.replace(
+            config.encoder, weights=storage.absolute(config.encoder.weights) if config.encoder.weights else ""
+        ),
         encoder_fingerprint=fingerprint,
         decoder=decoder.cpu(),
         references=references.to(torch.device("cpu")),
@@ -217,7 +242,7 @@ def _calibrated(
 
 
 @torch.inference_mode()
-def _references(decoder: Decoder, training: Auxiliary, encoder: Encoder, seed: int, device: torch.device) -> References:
+def _references(decoder: Decoder, training: Auxiliary, seed: int, device: torch.device) -> References:
     chosen = torch.randperm(len(training.hashes), generator=torch.Generator().manual_seed(seed))[:REFERENCES]
     reconstructions = decoder(training.embeddings[chosen].to(device)).float().cpu()
     return References(reconstructions.mean(dim=0), reconstructions.square().mean(dim=0))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sanitize import storage
 from sanitize.attacks.triggers import PatchTrigger, chosen
+from sanitize.config import check
 from sanitize.errors import ConfigError, ShardError
 from sanitize.records import Sample, Shard
 from sanitize.stages.images import decode
@@ -44,6 +45,7 @@ def poison(
         raise ConfigError(f"{out}: holds poisoned shards already (poison.json). Give another --out.")
     counts = [_count(shard) for shard in shards]
     picked = chosen(sum(counts), rate, seed)
+    check(bool(picked.any()), f"rate {rate} of {sum(counts)} samples rounds to none. Use a higher rate or more shards.")
     truth: list[dict[str, Any]] = []
     position = 0
     for shard, count in zip(shards, counts, strict=True):
@@ -92,7 +94,9 @@ def _poison_shard(
 def _stamped(sample: Sample, shard: Shard, trigger: PatchTrigger | None) -> Tensor:
     pixels, _, _, reason = decode(sample.image or b"")
     if pixels is None:
-        raise ShardError(f"{shard.url}: sample {printable(sample.key)!r} cannot be decoded ({reason}). Remove it first.")
+        raise ShardError(
+            f"{shard.url}: sample {printable(sample.key)!r} cannot be decoded ({reason}). Remove it first."
+        )
     return trigger(pixels) if trigger else pixels
 
 
@@ -120,4 +124,3 @@ def load_truth(path: str) -> dict[tuple[str, int], bool]:
         raise ConfigError(
             f"{path}: not a truth file. It needs a list `poisoned` of {{shard, key, index}}, as `sanitize poison` writes it."
         ) from None
-

@@ -24,7 +24,9 @@ def write_reconstructions(path: str, images: Tensor, reconstructions: Tensor, sc
     worst = scores.argsort(descending=True)[:count]
     cells = []
     for a, b in zip(usual.tolist(), worst.tolist(), strict=True):
-        cells += [(images[i], f"{name} {scores[i]:.3g}") for i, name in ((a, "clean"),)] + [(reconstructions[a], "decoded")]
+        cells += [(images[i], f"{name} {scores[i]:.3g}") for i, name in ((a, "clean"),)] + [
+            (reconstructions[a], "decoded")
+        ]
         cells += [(images[b], f"worst {scores[b]:.3g}"), (reconstructions[b], "decoded")]
     write_sheet(path, cells, columns=4)
 
@@ -56,7 +58,9 @@ def write_histogram(
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot()
     edges = np.histogram_bin_edges(scores, bins=80)
-    groups = [("samples", scores)] if poisoned is None else [("clean", scores[~poisoned]), ("poisoned", scores[poisoned])]
+    groups = (
+        [("samples", scores)] if poisoned is None else [("clean", scores[~poisoned]), ("poisoned", scores[poisoned])]
+    )
     for name, group in groups:
         axes.hist(group, bins=list(edges), alpha=0.6, label=f"{name} ({len(group)})")
     if threshold is not None and np.isfinite(threshold):

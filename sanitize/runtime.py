@@ -49,7 +49,9 @@ class Resources:
 def plan(workers: int, cpus_per_worker: int, gpus_per_worker: float, shards: int, address: str = "") -> Resources:
     """Settings → resources; what is left open (-1 or 0) uses what the machine or cluster has."""
     if workers < -1 or cpus_per_worker < 0:
-        raise ConfigError("workers must be -1 (automatic), 0 (this process) or more; cpus_per_worker 0 (automatic) or more.")
+        raise ConfigError(
+            "workers must be -1 (automatic), 0 (this process) or more; cpus_per_worker 0 (automatic) or more."
+        )
     cpus, gpus = _available(address) if workers else (os.cpu_count() or 1, torch.cuda.device_count())
     if gpus_per_worker < 0:
         gpus_per_worker = 1.0 if gpus else 0.0
@@ -94,7 +96,9 @@ def ray_session(address: str) -> Iterator[None]:
         options: dict[str, Any] = {} if address else {"include_dashboard": False, "num_cpus": os.cpu_count()}
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"--address {address}: cannot join a Ray cluster there ({error}). Check `ray status`.") from None
+        raise ConfigError(
+            f"--address {address}: cannot join a Ray cluster there ({error}). Check `ray status`."
+        ) from None
     try:
         yield
     finally:
@@ -185,18 +189,21 @@ def _map_on_ray(
 
     options = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_concurrency": 2}
     options |= {"max_restarts": RETRIES, "max_task_retries": RETRIES}
-    # the driver's module path travels as is: tests and notebooks may define tasks outside the package
     worker = ray.remote(_Worker).options(**options)
     count = min(resources.workers, len(shards))
-    idle = [worker.remote(task, resources.cpus) for _ in range(count)]
-    waiting, running, ticks = list(reversed(shards)), {}, {}
+    idle: list[Any] = [worker.remote(task, resources.cpus) for _ in range(count)]
+    waiting = list(reversed(shards))
+    running: dict[Any, tuple[Any, Shard]] = {}
+    ticks: dict[Any, tuple[int, int, int]] = {}
     try:
         while waiting or running:
             while waiting and idle:
                 actor, shard = idle.pop(), waiting.pop()
                 running[actor.run.remote(shard)] = (actor, shard)
             if not running:
-                raise SanitizeError("all Ray workers died. Look for out-of-memory kills, lower --batch-size or --workers.")
+                raise SanitizeError(
+                    "all Ray workers died. Look for out-of-memory kills, lower --batch-size or --workers."
+                )
             done, _ = ray.wait(list(running), timeout=1.0)
             for reference in done:
                 actor, shard = running.pop(reference)

@@ -83,7 +83,12 @@ class ScoreTask:
             _require_images(reader, shard, samples)
         result = {
             "shard": shard.stem,
-            "input": {"bytes": shard.size, "sha256": reader.sha256, "damage": reader.damage, "loose_members": reader.loose},
+            "input": {
+                "bytes": shard.size,
+                "sha256": reader.sha256,
+                "damage": reader.damage,
+                "loose_members": reader.loose,
+            },
             "samples": samples,
             "unscored": unscored,
             "files": {name: {"bytes": target.size, "sha256": target.sha256()}},
@@ -106,8 +111,12 @@ def scan(config: ScanConfig) -> ScanResult:
     detector = checkpoint.load(config.detector)
     checkpoint.load_matching_encoder(detector, config.encoder)  # fail here, not in a worker
     if not config.scores_only and config.policy.policy == "calibrated":
-        cut_off(detector.calibration, detector.calibration, config.policy)  # too few calibration scores? before any work
-    resources = runtime.plan(config.workers, config.cpus_per_worker, config.gpus_per_worker, len(shards), config.address)
+        cut_off(
+            detector.calibration, detector.calibration, config.policy
+        )  # too few calibration scores? before any work
+    resources = runtime.plan(
+        config.workers, config.cpus_per_worker, config.gpus_per_worker, len(shards), config.address
+    )
     _open_run(config, detector, shards)
     task = ScoreTask(
         *(storage.absolute(config.detector), config.encoder, storage.absolute(config.out), config.batch_size),
@@ -130,7 +139,9 @@ def scan(config: ScanConfig) -> ScanResult:
         samples=sum(marker["samples"] for marker in markers),
         unscored=sum(marker["unscored"] for marker in markers),
         failed=tuple(sorted(failed)),
-        damaged=tuple(f"{marker['shard']}.tar: {marker['input']['damage']}" for marker in markers if marker["input"]["damage"]),
+        damaged=tuple(
+            f"{marker['shard']}.tar: {marker['input']['damage']}" for marker in markers if marker["input"]["damage"]
+        ),
         cleaned=cleaned,
     )
 
@@ -167,4 +178,3 @@ def _open_run(config: ScanConfig, detector: Detector, shards: list[Shard]) -> No
     else:
         storage.write_json(path, run)
     storage.remove_partials(config.out)
-

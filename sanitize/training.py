@@ -35,7 +35,6 @@ class Auxiliary:
         return Auxiliary(self.embeddings[chosen], self.images[chosen], self.hashes[chosen])
 
 
-
 @dataclass
 class TrainingState:
     """What a checkpoint holds: the decoder, mean loss of each finished epoch, and the optimiser's state."""
@@ -78,12 +77,16 @@ def _train(
 ) -> TrainingState:
     state = _restored(config, auxiliary, place.device, path)
     # find_unused: with nothing visible the patch encoder takes no part in a batch
-    model: torch.nn.Module = DistributedDataParallel(state.decoder, find_unused_parameters=True) if place.world > 1 else state.decoder
+    model: torch.nn.Module = (
+        DistributedDataParallel(state.decoder, find_unused_parameters=True) if place.world > 1 else state.decoder
+    )
     first = len(state.losses)
     for epoch in range(first, config.training.epochs):
         loss = _epoch(config, auxiliary, place, model, state, epoch)
         if not math.isfinite(loss):
-            raise SanitizeError(f"training diverged in epoch {epoch + 1} (loss {loss}). Lower training.learning_rate and fit again.")
+            raise SanitizeError(
+                f"training diverged in epoch {epoch + 1} (loss {loss}). Lower training.learning_rate and fit again."
+            )
         state.losses.append(loss)
         if place.rank == 0:
             _save(state, path)
@@ -117,7 +120,13 @@ def _epoch(
 
 
 def _loss(
-    config: FitConfig, auxiliary: Auxiliary, place: Place, model: torch.nn.Module, batch: Tensor, order: Tensor, ratio: float
+    config: FitConfig,
+    auxiliary: Auxiliary,
+    place: Place,
+    model: torch.nn.Module,
+    batch: Tensor,
+    order: Tensor,
+    ratio: float,
 ) -> Tensor:
     """Mean over everything of mask * (x_hat - x)^2, divided by the nominal ratio (card section 3)."""
     spec, decoder = config.encoder, config.decoder
@@ -129,7 +138,8 @@ def _loss(
     dtype = resolve_precision(config.training.precision, place.device)
     with torch.autocast(place.device.type, dtype, enabled=dtype != torch.float32):
         reconstructions = model(auxiliary.embeddings[batch].to(place.device), images, order, visible).float()
-    return ((reconstructions - images).square() * hidden_pixels(order, visible, decoder)).mean() / ratio
+    squared: Tensor = (reconstructions - images).square() * hidden_pixels(order, visible, decoder)
+    return squared.mean() / ratio
 
 
 def _set_learning_rate(config: FitConfig, optimizer: torch.optim.Optimizer, progress: float) -> None:
@@ -163,7 +173,8 @@ def _restored(config: FitConfig, auxiliary: Auxiliary, device: torch.device, pat
 def _save(state: TrainingState, path: str) -> None:
     buffer = io.BytesIO()
     torch.save(
-        {"decoder": state.decoder.state_dict(), "optimizer": state.optimizer.state_dict(), "losses": state.losses}, buffer
+        {"decoder": state.decoder.state_dict(), "optimizer": state.optimizer.state_dict(), "losses": state.losses},
+        buffer,
     )
     storage.write_bytes(path, buffer.getvalue())
 
@@ -204,7 +215,8 @@ def _train_on_ray(
             resources_per_worker={"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {}),
         ),
         run_config=RunConfig(
-            storage_path=storage.join(path.rsplit("/", 1)[0], "ray"), failure_config=FailureConfig(max_failures=runtime.RETRIES)
+            storage_path=storage.join(path.rsplit("/", 1)[0], "ray"),
+            failure_config=FailureConfig(max_failures=runtime.RETRIES),
         ),
     )
     show = _shown(display, len(auxiliary.hashes))

@@ -46,7 +46,11 @@ def verify(out: str) -> VerifyResult:
 
 def _present(out: str) -> set[str]:
     folders = (("scores", ".parquet"), ("clean", ".tar"), ("quarantine", ".tar"))
-    return {f"{folder}/{name}" for folder, suffix in folders for name in storage.list_files(storage.join(out, folder), suffix)}
+    return {
+        f"{folder}/{name}"
+        for folder, suffix in folders
+        for name in storage.list_files(storage.join(out, folder), suffix)
+    }
 
 
 def _file_problems(out: str, name: str, entry: dict[str, Any]) -> list[str]:
@@ -54,7 +58,9 @@ def _file_problems(out: str, name: str, entry: dict[str, Any]) -> list[str]:
     if not storage.exists(path):
         return [f"{name}: missing. Delete done/ of this shard and run the same command again."]
     if storage.file_sha256(path) != entry["sha256"]:
-        return [f"{name}: content differs from what was committed. Delete it and its marker in done/, then run the command again."]
+        return [
+            f"{name}: content differs from what was committed. Delete it and its marker in done/, then run the command again."
+        ]
     return []
 
 

@@ -55,7 +55,9 @@ def write_shards(folder: Path, counts: Iterable[int], first_seed: int = 0) -> Pa
     """Shards part-0000.tar ... with so many samples each."""
     seed = first_seed
     for number, count in enumerate(counts):
-        write_tar(folder / f"part-{number:04d}.tar", image_members({f"s{seed + i:06d}": seed + i for i in range(count)}))
+        write_tar(
+            folder / f"part-{number:04d}.tar", image_members({f"s{seed + i:06d}": seed + i for i in range(count)})
+        )
         seed += count
     return folder
 
@@ -67,7 +69,9 @@ def write_encoder(folder: Path, seed: int = 0, **changes: object) -> Path:
     spec = EncoderSpec(**values)
     folder.mkdir(parents=True, exist_ok=True)
     backbone = build_backbone(spec).eval()
-    safetensors.torch.save_file({k: v.contiguous() for k, v in backbone.state_dict().items()}, folder / "encoder.safetensors")
+    safetensors.torch.save_file(
+        {k: v.contiguous() for k, v in backbone.state_dict().items()}, folder / "encoder.safetensors"
+    )
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     (folder / "encoder.yaml").write_text(yaml.safe_dump(plain))
     return folder / "encoder.yaml"

@@ -10,6 +10,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 from builders import fit_config, write_encoder, write_shards
+
 from sanitize.config import ScanConfig, load_encoder_spec
 from sanitize.fit import fit
 

@@ -31,7 +31,9 @@ def imported(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "sanitize":
             parts = node.module.split(".")
-            names |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names if not alias.name.startswith("_")}
+            names |= (
+                {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names if not alias.name.startswith("_")}
+            )
     return names
 
 

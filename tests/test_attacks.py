@@ -4,9 +4,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from builders import SIZE, SPEC, encoded, image_members, random_picture, write_shards, write_tar
 from PIL import Image
 
-from builders import SIZE, SPEC, encoded, image_members, random_picture, write_shards, write_tar
 from sanitize.attacks import badencoder, simclr
 from sanitize.attacks.augment import colour_jitter, flip_and_jitter, gray, random_resized_crop
 from sanitize.attacks.badencoder import BadEncoderConfig, attack, losses, unit
@@ -55,7 +55,10 @@ def test_poison_changes_the_chosen_images_only_and_keeps_the_truth(tmp_path):
     import tarfile
 
     for name in ("part-0000", "part-0001"):
-        with tarfile.open(tmp_path / "in" / f"{name}.tar") as before, tarfile.open(tmp_path / "out" / f"{name}.tar") as after:
+        with (
+            tarfile.open(tmp_path / "in" / f"{name}.tar") as before,
+            tarfile.open(tmp_path / "out" / f"{name}.tar") as after,
+        ):
             assert before.getnames() == after.getnames()
             for position, member in enumerate(before.getnames()):
                 old, new = before.extractfile(member).read(), after.extractfile(member).read()
@@ -74,7 +77,9 @@ def test_poison_is_reproducible_from_its_seed(tmp_path):
     for name in ("a", "b"):
         poison((str(tmp_path / "in"),), str(tmp_path / name), rate=0.25, trigger=PatchTrigger(side=4), seed=3)
     assert (tmp_path / "a" / "part-0000.tar").read_bytes() == (tmp_path / "b" / "part-0000.tar").read_bytes()
-    assert json.loads((tmp_path / "a" / "poison.json").read_text()) == json.loads((tmp_path / "b" / "poison.json").read_text())
+    assert json.loads((tmp_path / "a" / "poison.json").read_text()) == json.loads(
+        (tmp_path / "b" / "poison.json").read_text()
+    )
 
 
 def test_lossy_images_are_all_encoded_again_so_that_the_codec_tells_nothing(tmp_path):
@@ -136,8 +141,12 @@ def test_badencoder_losses_are_the_plain_loops_of_the_card():
     augmented = unit(torch.randn(2, 5, generator=generator))
     terms = losses(clean, triggered, reference, augmented, targets, reference_target)
     assert float(terms.effectiveness) == pytest.approx(-np.mean([float(t @ reference[0]) for t in triggered]), rel=1e-5)
-    assert float(terms.reference) == pytest.approx(-np.mean([float(a @ reference_target[0]) for a in augmented]), rel=1e-5)
-    assert float(terms.utility) == pytest.approx(-np.mean([float(c @ t) for c, t in zip(clean, targets, strict=True)]), rel=1e-5)
+    assert float(terms.reference) == pytest.approx(
+        -np.mean([float(a @ reference_target[0]) for a in augmented]), rel=1e-5
+    )
+    assert float(terms.utility) == pytest.approx(
+        -np.mean([float(c @ t) for c, t in zip(clean, targets, strict=True)]), rel=1e-5
+    )
 
 
 @pytest.fixture(scope="module")
@@ -202,10 +211,19 @@ def test_a_planted_backdoor_is_found_by_the_whole_flow(detector, tmp_path):
     from sanitize.scan import scan
 
     write_shards(tmp_path / "in", [60], first_seed=500)
-    poison((str(tmp_path / "in"),), str(tmp_path / "out"), rate=0.1, trigger=PatchTrigger(side=SIZE - 4, colour=(255, 0, 255)))
+    poison(
+        (str(tmp_path / "in"),),
+        str(tmp_path / "out"),
+        rate=0.1,
+        trigger=PatchTrigger(side=SIZE - 4, colour=(255, 0, 255)),
+    )
     scan(
         ScanConfig(
-            shards=(str(tmp_path / "out"),), detector=str(detector), out=str(tmp_path / "s"), scores_only=True, workers=0
+            shards=(str(tmp_path / "out"),),
+            detector=str(detector),
+            out=str(tmp_path / "s"),
+            scores_only=True,
+            workers=0,
         )
     )
     table = pq.read_table(tmp_path / "s" / "scores" / "part-0000.parquet")

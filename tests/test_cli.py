@@ -4,9 +4,9 @@ import re
 
 import pytest
 import yaml
+from builders import write_shards, write_tar
 from click.testing import CliRunner
 
-from builders import write_shards, write_tar
 from sanitize import cli
 from sanitize.cli import main
 from sanitize.config import FIT_PRESETS, FitConfig, ScanConfig, from_mapping
@@ -26,7 +26,16 @@ def sanitize(tmp_path, monkeypatch):
     return run
 
 
-FAST = ("--workers", "0", "--set", "training.epochs=1", "--set", "training.precision=fp32", "--set", "training.calibration_fraction=0.5")
+FAST = (
+    "--workers",
+    "0",
+    "--set",
+    "training.epochs=1",
+    "--set",
+    "training.precision=fp32",
+    "--set",
+    "training.calibration_fraction=0.5",
+)
 
 
 def test_fit_then_scan_are_whole_commands_with_a_config_file(sanitize, tmp_path, encoder_yaml, aux_shards, shards):
@@ -57,7 +66,7 @@ def test_poison_scan_audit_with_truth(sanitize, detector, tmp_path):
     assert code == 0
     assert re.search(r"truth: 6 poisoned, 54 clean: AUROC 0\.\d+", output)
     made = sorted(p.name for p in (tmp_path / "scanned" / "audit").iterdir())
-    assert made == ["histogram.png", "report.html", "suspicious.png", "summary.json"]
+    assert made == ["histogram.png", "report.html", "summary.json", "suspicious.png"]
 
 
 def test_a_failed_shard_gives_exit_code_1_and_is_named(sanitize, detector, tmp_path):
@@ -95,13 +104,20 @@ WRONG = {
     "no encoder": (["fit", "in"], "no encoder given. Describe it in a YAML file"),
     "missing encoder file": (["fit", "in", "--encoder", "e.yaml"], "e.yaml: no such file. Check the path."),
     "unknown preset": (["fit", "in", "--preset", "best"], "preset 'best' is not known. Use one of default, paper"),
-    "unknown setting": (["scan", "in", "--set", "colour=1"], "settings of scan: unknown key 'colour'. Known keys: shards, detector"),
+    "unknown setting": (
+        ["scan", "in", "--set", "colour=1"],
+        "settings of scan: unknown key 'colour'. Known keys: shards, detector",
+    ),
     "wrong type": (["scan", "in", "--set", "batch_size=many"], "batch_size holds 'many', int was expected"),
     "not key=value": (["scan", "in", "--set", "batch_size"], "--set batch_size: write it as key=value"),
     "unknown policy": (["scan", "in", "--policy", "magic"], "policy: 'magic' is not one of calibrated, fdr"),
     "rate out of range": (["scan", "in", "--fpr", "7"], "fpr: 7.0 is not between 0 and 1"),
     "unknown trigger": (["poison", "in", "--trigger", "star"], "--trigger star: not known. Use one of patch"),
-    "trigger too large": (["poison", "in", "--side", "99"], "trigger of side 99 with margin 1 does not fit a 16 x 16 image"),
+    "trigger too large": (
+        ["poison", "in", "--side", "99", "--rate", "1"],
+        "trigger of side 99 with margin 1 does not fit a 16 x 16 image",
+    ),
+    "too few to poison": (["poison", "in"], "rate 0.01 of 3 samples rounds to none. Use a higher rate"),
     "no scan there": (["audit", "in"], "in: no scan there (run.json is missing)"),
     "too many workers": (["scan", "in", "--workers", "4000"], "do not fit: there are"),
 }
@@ -125,7 +141,10 @@ def test_wrong_use_is_one_clear_line_and_exit_code_2(sanitize, tmp_path, detecto
         ("skan: {}", "sanitize.yaml: unknown section 'skan'. Known sections: fit, scan."),
         ("scan: [", "sanitize.yaml: not valid YAML"),
         ("just text", "holds str, settings were expected"),
-        ("fit: {encoder: {architecture: resnet18, image_size: -1}}", "encoder: image_size: -1 is not between 1 and 4096 pixels"),
+        (
+            "fit: {encoder: {architecture: resnet18, image_size: -1}}",
+            "encoder: image_size: -1 is not between 1 and 4096 pixels",
+        ),
         ("fit: {decoder: {patch_size: 3}}", "decoder: decoder.patch_size: 3 does not divide decoder.image_size 8"),
     ],
 )
@@ -178,5 +197,9 @@ def test_the_paper_preset_is_the_card():
         "decoder_depth": 4,
         "standardize_embedding": False,
     }
-    assert (paper["training"]["epochs"], paper["training"]["mask_ratio_min"], paper["test_mask_ratio"]) == (200, 0.9, 0.99)
+    assert (paper["training"]["epochs"], paper["training"]["mask_ratio_min"], paper["test_mask_ratio"]) == (
+        200,
+        0.9,
+        0.99,
+    )
     assert cli.CONFIG_FILE == "sanitize.yaml"

@@ -12,7 +12,16 @@ PAPER_SHAPE = DecoderConfig(32, 4, 192, 3, 12, 4)
 
 @pytest.mark.parametrize(
     ("patches", "ratio", "expected"),
-    [(64, 0.75, 16), (64, 0.9, 6), (64, 0.99, 0), (49, 0.9, 4), (196, 0.99, 1), (256, 0.99, 2), (3136, 0.99, 31), (64, 1.0, 0)],
+    [
+        (64, 0.75, 16),
+        (64, 0.9, 6),
+        (64, 0.99, 0),
+        (49, 0.9, 4),
+        (196, 0.99, 1),
+        (256, 0.99, 2),
+        (3136, 0.99, 31),
+        (64, 1.0, 0),
+    ],
 )
 def test_visible_patches_are_counted_like_the_reference(patches, ratio, expected):
     assert visible_count(patches, ratio) == expected
@@ -59,7 +68,9 @@ def reference_decoder(reference):
             ours = name.removeprefix("weights.")
             for theirs, mine in RENAMES.items():
                 ours = ours.replace(theirs, mine)
-            weights[ours] = tensor.squeeze(1) if "positions" in ours else tensor.flatten() if "token" in ours else tensor
+            weights[ours] = (
+                tensor.squeeze(1) if "positions" in ours else tensor.flatten() if "token" in ours else tensor
+            )
     decoder.load_state_dict(weights | {k: v for k, v in decoder.state_dict().items() if k.startswith("embedding_")})
     return decoder.eval()
 
@@ -73,7 +84,9 @@ def test_reference_predictions_masks_and_scores_are_reproduced(reference, refere
     hidden = hidden_pixels(order, visible, reference_decoder.config)
     torch.testing.assert_close(predictions, reference[f"r{ratio}.prediction"], rtol=1e-4, atol=1e-5)
     assert torch.equal(hidden.expand(-1, 3, -1, -1).float(), reference[f"r{ratio}.mask"])
-    torch.testing.assert_close(paper_score(images, predictions, hidden), reference[f"r{ratio}.score"], rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        paper_score(images, predictions, hidden), reference[f"r{ratio}.score"], rtol=1e-4, atol=0
+    )
 
 
 @torch.inference_mode()

@@ -5,8 +5,8 @@ import zipfile
 import pytest
 import safetensors.torch
 import torch
-
 from builders import SPEC, write_encoder
+
 from sanitize.config import EncoderSpec, load_encoder_spec
 from sanitize.errors import CheckpointError, ConfigError
 from sanitize.stages.encoders import Encoder, build_backbone, load_encoder
@@ -17,7 +17,7 @@ IMAGES = torch.rand(3, 3, SPEC.image_size, SPEC.image_size, generator=torch.Gene
 def simclr_names(state):
     """torchvision's names → those of the SimCLR wrapper of BadEncoder and DRUPE."""
     positions = {"conv1": "0", "bn1": "1", "layer1": "3", "layer2": "4", "layer3": "5", "layer4": "6"}
-    renamed = {f"f.f.{positions[k.split('.')[0]]}{k[k.find('.'):]}": v for k, v in state.items()}
+    renamed = {f"f.f.{positions[k.split('.')[0]]}{k[k.find('.') :]}": v for k, v in state.items()}
     return {"epoch": 7, "state_dict": renamed | {"g.0.weight": torch.zeros(2, 2)}, "optimizer": {"lr": 0.1}}
 
 
@@ -56,7 +56,10 @@ def test_safetensors_and_pytorch_files_have_one_fingerprint(tmp_path):
 
 @pytest.mark.parametrize("change", [{"mean": (0.4, 0.5, 0.5)}, {"image_size": 32}, {"resize": "crop"}])
 def test_other_preprocessing_is_another_fingerprint(encoder_spec, change):
-    assert load_encoder(encoder_spec).fingerprint() != load_encoder(dataclasses.replace(encoder_spec, **change)).fingerprint()
+    assert (
+        load_encoder(encoder_spec).fingerprint()
+        != load_encoder(dataclasses.replace(encoder_spec, **change)).fingerprint()
+    )
 
 
 def test_the_encoder_is_frozen_and_in_eval_mode(encoder_spec):
@@ -66,7 +69,9 @@ def test_the_encoder_is_frozen_and_in_eval_mode(encoder_spec):
 
 
 def test_weights_of_another_architecture_are_named(encoder_spec):
-    with pytest.raises(CheckpointError, match=r"does not fit architecture resnet34-cifar .*missing .*Correct `architecture`"):
+    with pytest.raises(
+        CheckpointError, match=r"does not fit architecture resnet34-cifar .*missing .*Correct `architecture`"
+    ):
         load_encoder(dataclasses.replace(encoder_spec, architecture="resnet34-cifar"))
     with pytest.raises(CheckpointError, match=r"of another shape \(first: bn1.bias \(4,\) instead of \(8,\)"):
         load_encoder(dataclasses.replace(encoder_spec, width=8))
@@ -85,7 +90,9 @@ class Bomb:
 def test_a_pickled_checkpoint_is_refused_and_never_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {"conv1.weight": torch.zeros(1)}, "args": Bomb()}, "evil.pth")
-    with pytest.raises(CheckpointError, match=r"refused, it does not load as plain tensors .* can run any code.*convert it once"):
+    with pytest.raises(
+        CheckpointError, match=r"refused, it does not load as plain tensors .* can run any code.*convert it once"
+    ):
         load_encoder(dataclasses.replace(SPEC, weights="evil.pth"))
     (tmp_path / "raw.pth").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(CheckpointError, match="refused"):
@@ -194,5 +201,7 @@ def test_an_exported_program_with_other_code_is_refused(exported, before, after,
 
 def test_a_file_that_is_no_archive_says_how_to_write_one(tmp_path):
     (tmp_path / "e.pt2").write_bytes(b"hello")
-    with pytest.raises(CheckpointError, match=r"cannot be loaded as a torch.export archive .* Write it with torch.export.save"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot be loaded as a torch.export archive .* Write it with torch.export.save"
+    ):
         load_encoder(exported_spec(tmp_path / "e.pt2"))

@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders import encoded, random_picture
 from PIL import Image
 
-from builders import encoded, random_picture
 from sanitize.records import Sample
 from sanitize.stages.images import decode, decode_sample, to_batch
 

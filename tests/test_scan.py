@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-
 from builders import encoded, image_members, random_picture, tree_bytes, write_encoder, write_shards, write_tar
+
 from sanitize.clean import clean
 from sanitize.config import ThresholdPolicy, load_encoder_spec
 from sanitize.errors import CheckpointError, ConfigError, RefusedError, StorageError
@@ -25,7 +25,11 @@ def table(out, stem):
 
 
 def scores_by_key(out):
-    return {row["key"]: row["score"] for path in (out / "scores").rglob("*.parquet") for row in pq.read_table(path).to_pylist()}
+    return {
+        row["key"]: row["score"]
+        for path in (out / "scores").rglob("*.parquet")
+        for row in pq.read_table(path).to_pylist()
+    }
 
 
 def members(path):
@@ -46,12 +50,16 @@ def test_promise_1_every_input_sample_gets_exactly_one_row_and_one_place(shards,
         with tarfile.open(path) as tar:
             keys = list(dict.fromkeys(name.split(".")[0] for name in tar.getnames()))
         assert [row["key"] for row in table(out, path.stem)] == keys
-        split = [m for folder in ("clean", "quarantine") if (p := out / folder / path.name).exists() for m in members(p)]
+        split = [
+            m for folder in ("clean", "quarantine") if (p := out / folder / path.name).exists() for m in members(p)
+        ]
         assert sorted(split) == sorted(members(path))
 
 
 def test_undecodable_samples_have_a_reason_and_no_score_and_are_quarantined(tmp_path, scan_config):
-    write_tar(tmp_path / "in" / "s.tar", [("broken.png", b"no image"), ("only.txt", b""), *image_members(["a", "b", "c"])])
+    write_tar(
+        tmp_path / "in" / "s.tar", [("broken.png", b"no image"), ("only.txt", b""), *image_members(["a", "b", "c"])]
+    )
     result = scan(scan_config(tmp_path / "in", policy=ThresholdPolicy("absolute", threshold=1e9)))
     rows = {row["key"]: row for row in table(tmp_path / "scanned", "s")}
     assert (rows["broken"]["status"], rows["broken"]["score"], rows["broken"]["p_value"]) == ("undecodable", None, None)
@@ -89,7 +97,9 @@ def test_promise_2_a_failed_write_leaves_no_finished_name(shards, scan_config, t
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(StorageError, match=r"part-0001\.parquet: no space left on the device\. Free some space, then run the same"):
+    with pytest.raises(
+        StorageError, match=r"part-0001\.parquet: no space left on the device\. Free some space, then run the same"
+    ):
         scan(scan_config(shards))
     monkeypatch.undo()
     assert [p.name for p in (tmp_path / "scanned" / "scores").iterdir()] == ["part-0000.parquet"]
@@ -194,7 +204,9 @@ def test_every_hostile_tar_gives_rows_or_a_named_failure_and_the_rest_is_done(sh
 def test_hostile_images_in_one_shard_are_all_accounted_for(shared_data, scan_config, tmp_path):
     files = sorted((shared_data / "nasty" / "images").iterdir())
     usual = [f for f in files if f.suffix[1:] in ("jpg", "png", "webp", "gif", "bmp", "tif")]
-    write_tar(tmp_path / "in" / "s.tar", [(f"{i:02d}-{f.stem}.{f.suffix[1:]}", f.read_bytes()) for i, f in enumerate(usual)])
+    write_tar(
+        tmp_path / "in" / "s.tar", [(f"{i:02d}-{f.stem}.{f.suffix[1:]}", f.read_bytes()) for i, f in enumerate(usual)]
+    )
     result = scan(scan_config(tmp_path / "in", policy=ThresholdPolicy("absolute", threshold=1e9)))
     rows = table(tmp_path / "scanned", "s")
     assert len(rows) == len(usual)
@@ -246,7 +258,10 @@ def test_out_of_memory_halves_the_batch_and_goes_on(small_memory_scorer):
 def test_an_image_without_a_finite_score_gets_a_reason(small_memory_scorer):
     from sanitize.stages.score_table import rows
 
-    pictures = [picture(0, torch.full((3, 16, 16), 255, dtype=torch.uint8)), picture(1, torch.zeros(3, 16, 16, dtype=torch.uint8))]
+    pictures = [
+        picture(0, torch.full((3, 16, 16), 255, dtype=torch.uint8)),
+        picture(1, torch.zeros(3, 16, 16, dtype=torch.uint8)),
+    ]
     result = rows("s", pictures, small_memory_scorer(pictures), np.zeros(9, np.float32)).to_pylist()
     assert [row["status"] for row in result] == ["not_finite", "ok"]
     assert (result[0]["score"], result[0]["p_value"], result[0]["embedding_norm"]) == (None, None, None)
@@ -278,7 +293,9 @@ def test_decisions_join_to_the_samples(shards, scan_config, tmp_path):
 
 def test_more_than_half_removed_is_refused_unless_forced(shards, scan_config, tmp_path):
     policy = ThresholdPolicy("fraction", fraction=0.6)
-    with pytest.raises(RefusedError, match=r"32 of 54 samples would be removed .* more than half.*--force goes on anyway"):
+    with pytest.raises(
+        RefusedError, match=r"32 of 54 samples would be removed .* more than half.*--force goes on anyway"
+    ):
         scan(scan_config(shards, policy=policy, force=False))
     assert not (tmp_path / "scanned" / "clean").exists()
     assert scan(scan_config(shards, policy=policy, force=True)).cleaned.removed == 32
@@ -290,7 +307,9 @@ def test_a_shard_changed_after_its_scan_is_not_split(shards, scan_config, tmp_pa
     data[len(data) // 2] ^= 1
     (shards / "part-0002.tar").write_bytes(data)
     result = clean(str(tmp_path / "scanned"), ThresholdPolicy("fraction", fraction=0.1))
-    assert [f.partition(": ")[2] for f in result.failed] == ["changed after it was scored. Scan it again into another --out."]
+    assert [f.partition(": ")[2] for f in result.failed] == [
+        "changed after it was scored. Scan it again into another --out."
+    ]
     assert not (tmp_path / "scanned" / "clean" / "part-0002.tar").exists()
 
 
@@ -318,7 +337,9 @@ def test_a_missing_detector_says_how_to_make_one(shards, scan_config, tmp_path):
 
 def test_a_detector_of_another_encoder_is_refused(shards, scan_config, tmp_path):
     other = load_encoder_spec(str(write_encoder(tmp_path / "other", seed=5)))
-    with pytest.raises(CheckpointError, match=r"fitted to another encoder: .*other/encoder.safetensors .* run `sanitize fit`"):
+    with pytest.raises(
+        CheckpointError, match=r"fitted to another encoder: .*other/encoder.safetensors .* run `sanitize fit`"
+    ):
         scan(scan_config(shards, encoder=other))
 
 

@@ -5,8 +5,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
-
 from builders import encoded, image_members, random_picture, write_tar
+
 from sanitize.errors import ConfigError, ShardError
 from sanitize.records import Shard
 from sanitize.stages.shards import ShardReader, list_shards, printable
@@ -67,9 +67,14 @@ def test_a_folder_without_tars_says_so(tmp_path):
 
 def test_samples_come_in_tar_order_with_their_members_and_image_bytes(tmp_path):
     picture = encoded(random_picture(1))
-    path = write_tar(tmp_path / "s.tar", [("d/a.txt", b"hi"), ("d/a.PNG", picture), ("b.png", picture), ("b.v2.txt", b"")])
+    path = write_tar(
+        tmp_path / "s.tar", [("d/a.txt", b"hi"), ("d/a.PNG", picture), ("b.png", picture), ("b.v2.txt", b"")]
+    )
     samples, reader = read(path)
-    assert [(s.key, [m.extension for m in s.members]) for s in samples] == [("d/a", ["txt", "png"]), ("b", ["png", "v2.txt"])]
+    assert [(s.key, [m.extension for m in s.members]) for s in samples] == [
+        ("d/a", ["txt", "png"]),
+        ("b", ["png", "v2.txt"]),
+    ]
     assert [s.image for s in samples] == [picture, picture]
     assert (reader.damage, reader.loose) == ("", 0)
 
@@ -93,7 +98,7 @@ def test_reading_headers_only_gives_the_same_members(tmp_path):
 def test_the_hash_covers_the_whole_file(tmp_path):
     import hashlib
 
-    path = write_tar(tmp_path / "s.tar", image_members(["a", "b"]) + [("video.mp4", b"v" * 3_000_000)])
+    path = write_tar(tmp_path / "s.tar", [*image_members(["a", "b"]), ("video.mp4", b"v" * 3000000)])
     _, reader = read(path)
     assert reader.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -119,7 +124,7 @@ def test_several_images_need_a_named_one(tmp_path):
 
 
 def test_a_member_with_negative_size_ends_the_shard_instead_of_looping(tmp_path):
-    path = write_tar(tmp_path / "s.tar", image_members(["a"]) + [("b.png", b"x" * 600)])
+    path = write_tar(tmp_path / "s.tar", [*image_members(["a"]), ("b.png", b"x" * 600)])
     data = bytearray(path.read_bytes())
     header = data.rindex(b"b.png")
     data[header + 124 : header + 136] = b"\xff" * 10 + b"\xfc\x00"  # base-256, -1024

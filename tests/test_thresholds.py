@@ -62,7 +62,10 @@ def test_robust_finds_the_far_cluster_without_calibration():
 
 def test_absolute_keeps_the_threshold_itself():
     scores = np.array([0.1, 0.2], np.float32)
-    assert keep(scores, cut_off(scores, CALIBRATION, ThresholdPolicy("absolute", threshold=0.1))).tolist() == [True, False]
+    assert keep(scores, cut_off(scores, CALIBRATION, ThresholdPolicy("absolute", threshold=0.1))).tolist() == [
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("policy", ["calibrated", "fdr", "fraction"])

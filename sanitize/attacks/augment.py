@@ -53,7 +53,9 @@ def gray(images: Tensor) -> Tensor:
 
 
 def _rotate_hue(images: Tensor, angle: Tensor) -> Tensor:
-    to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], device=images.device)
+    to_yiq = torch.tensor(
+        [[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], device=images.device
+    )
     y, i, q = torch.einsum("cd,bdhw->bchw", to_yiq, images).split(1, dim=1)
     turned = torch.cat([y, i * angle.cos() - q * angle.sin(), i * angle.sin() + q * angle.cos()], dim=1)
     return torch.einsum("cd,bdhw->bchw", torch.linalg.inv(to_yiq), turned).clamp(0, 1)

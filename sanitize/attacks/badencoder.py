@@ -44,7 +44,12 @@ def unit(embeddings: Tensor) -> Tensor:
 
 
 def losses(
-    clean: Tensor, triggered: Tensor, reference: Tensor, augmented: Tensor, clean_target: Tensor, reference_target: Tensor
+    clean: Tensor,
+    triggered: Tensor,
+    reference: Tensor,
+    augmented: Tensor,
+    clean_target: Tensor,
+    reference_target: Tensor,
 ) -> Losses:
     """All arguments are L2-normalised embeddings: (B, D) batches, (1, D) reference, (A, D) augmented reference."""
     return Losses(
@@ -97,8 +102,8 @@ def attack(
             images = torch.cat([pixels, trigger(pixels)]).to(device).float() / 255
             with torch.autocast(device.type, torch.bfloat16):
                 embeddings = unit(encoder(torch.cat([images, reference, augmented])))
-            parts = embeddings.split([len(batch), len(batch), 1, config.reference_copies])
-            terms = losses(*parts, clean_target=targets[batch].to(device), reference_target=reference_target)
+            clean, triggered, anchor, copies = embeddings.split([len(batch), len(batch), 1, config.reference_copies])
+            terms = losses(clean, triggered, anchor, copies, targets[batch].to(device), reference_target)
             loss = terms.effectiveness + config.lambda1 * terms.reference + config.lambda2 * terms.utility
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

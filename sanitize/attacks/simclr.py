@@ -42,7 +42,7 @@ def pretrain(images: Tensor, spec: EncoderSpec, config: SimclrConfig, seed: int,
     """images (N, 3, S, S) uint8 → encoder in eval mode. bf16 autocast for the backbone; last partial batch dropped."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    encoder = Encoder(build_backbone(spec).to(memory_format=torch.channels_last), spec).to(device)  # type: ignore[call-overload]
+    encoder = Encoder(build_backbone(spec).to(memory_format=torch.channels_last), spec).to(device)
     with torch.no_grad():
         size = encoder(torch.zeros(2, 3, spec.image_size, spec.image_size, device=device)).shape[1]
     projector = nn.Sequential(
@@ -52,7 +52,8 @@ def pretrain(images: Tensor, spec: EncoderSpec, config: SimclrConfig, seed: int,
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     steps = config.epochs * (len(images) // config.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.5 * (1 + torch.cos(torch.tensor(step / steps * torch.pi)).item()) if config.cosine else 1.0
+        optimizer,
+        lambda step: 0.5 * (1 + torch.cos(torch.tensor(step / steps * torch.pi)).item()) if config.cosine else 1.0,
     )
     encoder.train()
     start, done = time.monotonic(), 0
@@ -63,7 +64,8 @@ def pretrain(images: Tensor, spec: EncoderSpec, config: SimclrConfig, seed: int,
             views = [colour_jitter(random_resized_crop(pixels, generator), generator) for _ in range(2)]
             with torch.autocast(device.type, torch.bfloat16):
                 projected = projector(encoder(torch.cat(views))).float()
-            loss = nt_xent(*projected.chunk(2), config.temperature)
+            first, second = projected.chunk(2)
+            loss = nt_xent(first, second, config.temperature)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -36,7 +36,8 @@ class Block(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, d / heads)
         mixed = functional.scaled_dot_product_attention(query, key, value)
         tokens = tokens + self.proj(mixed.transpose(1, 2).reshape(batch, count, width))
-        return tokens + self.mlp(self.norm2(tokens))
+        mixed_again: Tensor = tokens + self.mlp(self.norm2(tokens))
+        return mixed_again
 
 
 class Decoder(nn.Module):
@@ -65,7 +66,9 @@ class Decoder(nn.Module):
         for parameter in (self.encoder_positions, self.cls_token, self.mask_token, self.decoder_positions):
             nn.init.trunc_normal_(parameter, std=0.02)
 
-    def forward(self, embeddings: Tensor, images: Tensor | None = None, order: Tensor | None = None, visible: int = 0) -> Tensor:
+    def forward(
+        self, embeddings: Tensor, images: Tensor | None = None, order: Tensor | None = None, visible: int = 0
+    ) -> Tensor:
         """Reconstruct images from embeddings.
 
         embeddings: (B, D) raw. images: (B, 3, R, R) normalised, and order: (B, T) int64 permutation of the patches whose

@@ -37,6 +37,9 @@ _HEADS = ("g.", "fc.", "proj_head.", "projector", "predictor", "backbone_k.", "e
 class Encoder(nn.Module):
     """images (B, 3, S, S) float32 in [0, 1] → embeddings (B, D) float32, raw (not normalised)."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, backbone: nn.Module, spec: EncoderSpec) -> None:
         super().__init__()
         self.backbone = backbone
@@ -74,7 +77,7 @@ def load_encoder(spec: EncoderSpec) -> Encoder:
         load_strictly(backbone, read_weights(spec.weights), spec)
     backbone.requires_grad_(False)
     if not spec.architecture.startswith("exported:"):
-        backbone.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        backbone.eval().to(memory_format=torch.channels_last)
     encoder = Encoder(backbone, spec)
     encoder.training = False
     return encoder
@@ -94,9 +97,10 @@ def build_backbone(spec: EncoderSpec) -> nn.Module:
         _set_width(model, block, layers, spec.width)
     if stem == "cifar":
         model.conv1 = nn.Conv2d(3, spec.width, 3, spec.stem_stride, 1, bias=False)
-        model.maxpool = nn.Identity()  # type: ignore[assignment]
-    model.fc = nn.Identity()  # type: ignore[assignment]
-    return model
+        model.maxpool = nn.Identity()
+    model.fc = nn.Identity()
+    backbone: nn.Module = model
+    return backbone
 
 
 def _set_width(model: torchvision.models.ResNet, block: Any, layers: list[int], width: int) -> None:
@@ -113,7 +117,9 @@ def _build_timm(name: str) -> nn.Module:
     try:
         import timm
     except ImportError:
-        raise ConfigError(f"architecture timm:{name}: timm is not installed. Run: pip install 'sanitize[timm]'") from None
+        raise ConfigError(
+            f"architecture timm:{name}: timm is not installed. Run: pip install 'sanitize[timm]'"
+        ) from None
     if not timm.is_model(name):
         raise ConfigError(f"architecture timm:{name}: timm has no model of that name. See timm.list_models().")
     model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0)
@@ -131,7 +137,15 @@ def read_weights(path: str) -> dict[str, Tensor]:
         warnings.simplefilter("ignore")  # about pickle protocols, before the refusal below says it better
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        except (
+            pickle.UnpicklingError,
+            RuntimeError,
+            EOFError,
+            ValueError,
+            KeyError,
+            AttributeError,
+            TypeError,
+        ) as error:
             why = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             raise CheckpointError(
                 f"{path}: refused, it does not load as plain tensors ({why}). A checkpoint that needs a pickle can run any "

@@ -49,10 +49,15 @@ def picture_batches(samples: Iterable[Sample], batch_size: int, threads: int) ->
             reader.join()
 
 
-def _put(ready: "queue.Queue[Future[Picture] | BaseException | None]", item: Future[Picture] | BaseException | None, stop: threading.Event) -> None:
+def _put(
+    ready: "queue.Queue[Future[Picture] | BaseException | None]",
+    item: Future[Picture] | BaseException | None,
+    stop: threading.Event,
+) -> None:
     """Wait for room, but not for a consumer that has gone."""
     while not stop.is_set():
         try:
-            return ready.put(item, timeout=0.1)
+            ready.put(item, timeout=0.1)
+            return
         except queue.Full:
             continue

@@ -93,7 +93,9 @@ class ScoreWriter:
     def __enter__(self) -> "ScoreWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self._flush()
             self._writer.close()

@@ -63,7 +63,7 @@ SCORERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"paper": paper
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """"auto" is bf16 where the hardware multiplies it natively, else fp32."""
+    """ "auto" is bf16 where the hardware multiplies it natively, else fp32."""
     if precision == "auto":
         native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
         precision = "bf16" if native else "fp32"

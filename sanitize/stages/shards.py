@@ -6,7 +6,6 @@ they are "loose" and never reach a clean shard.
 """
 
 import hashlib
-import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -66,11 +65,15 @@ def _list_one(url: str) -> list[Shard]:
         sizes = [int(fs.size(path)) for path in paths]
     except PermissionError:
         raise StorageError(f"{url}: no permission to read. Check the owner and mode of the folder.") from None
-    paths_sizes = [(p, s) for p, s in zip(paths, sizes, strict=True) if not os.path.basename(p).startswith(".")]
+    paths_sizes = [(p, s) for p, s in zip(paths, sizes, strict=True) if not p.rsplit("/", 1)[-1].startswith(".")]
     if not paths_sizes:
-        raise ConfigError(f"{url}: no .tar file found. Give a folder with WebDataset shards, or a glob that matches some.")
+        raise ConfigError(
+            f"{url}: no .tar file found. Give a folder with WebDataset shards, or a glob that matches some."
+        )
     return [
-        Shard(protocol + path.removeprefix("/" if protocol else ""), path[len(root) :].lstrip("/").removesuffix(".tar"), s)
+        Shard(
+            protocol + path.removeprefix("/" if protocol else ""), path[len(root) :].lstrip("/").removesuffix(".tar"), s
+        )
         for path, s in paths_sizes
     ]
 
@@ -183,12 +186,12 @@ class ShardReader:
         """Members in tar order; stops at the first damage and describes it in `self.damage`."""
         if self._shard.size == 0:
             raise ShardError(f"{self._shard.url}: the file is empty (0 bytes). Download or write it again.")
-        tar: tarfile.TarFile | None = None
-        offset, failure = 0, ""
+        offset, failure, opened = 0, "", False
         try:
-            tar = tarfile.open(fileobj=self._file, mode="r:", errors="surrogateescape")  # type: ignore[call-overload]
+            tar: tarfile.TarFile = tarfile.open(fileobj=self._file, mode="r:", errors="surrogateescape")  # type: ignore[call-overload]  # noqa: SIM115
+            opened = True
             while (info := tar.next()) is not None:
-                tar.members = []  # tarfile keeps every header; a scan must not grow with the shard
+                tar.members = []  # type: ignore[attr-defined] # tarfile keeps every header; a scan must not grow with the shard
                 if tar.offset <= offset:
                     raise tarfile.ReadError("a member has a negative size")
                 if set(tar.pax_headers) - {"comment"}:
@@ -202,7 +205,7 @@ class ShardReader:
                 yield _member(info, offset)
         except (tarfile.TarError, ValueError, ArithmeticError, RecursionError) as error:
             failure = str(error)
-        if tar is None:
+        if not opened:
             raise ShardError(
                 f"{self._shard.url}: not a tar archive ({failure}). Compressed archives must be unpacked to plain .tar first."
             )
@@ -250,7 +253,11 @@ class ShardReader:
             found = {printable(member.extension) for member in sample.members}
             if len(self.extensions) < 20:
                 self.extensions |= found
-            return replace(sample, status="no_image", reason=f"no image member: has {' '.join(sorted(found))}, looked for {looked_for}")
+            return replace(
+                sample,
+                status="no_image",
+                reason=f"no image member: has {' '.join(sorted(found))}, looked for {looked_for}",
+            )
         self.images += 1
         return sample if sample.status == "ok" else replace(sample, image=None)
 

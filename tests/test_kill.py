@@ -1,0 +1,83 @@
+"""Killing a scan and running the same command again gives the bytes of an uninterrupted run. Real processes, real SIGKILL."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from builders import tree_bytes, write_shards
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def command(tmp_path, detector):
+    write_shards(tmp_path / "in", [1200] * 5)
+
+    def make(out: str, workers: int) -> list[str]:
+        arguments = ["scan", tmp_path / "in", "--detector", detector, "--out", tmp_path / out, "--workers", workers]
+        arguments += ["--cpus-per-worker", 1, "--batch-size", 2, "--precision", "fp32", "--policy", "fraction"]
+        return [sys.executable, "-m", "sanitize.cli", *(str(a) for a in arguments)]
+
+    return make
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the scan ended before it could be killed"
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def finished(out: Path) -> int:
+    return len(list((out / "done").glob("*.json"))) if out.exists() else 0
+
+
+def actors_below(pid: int) -> list[int]:
+    """Process ids of our Ray actors that were started by `pid`."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if status.read_bytes().startswith(b"ray::_Worker") and pid in ancestors(int(status.parent.name)):
+                found.append(int(status.parent.name))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def ancestors(pid: int) -> set[int]:
+    line = set()
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        line.add(pid)
+    return line
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sigkill_to_the_driver_and_a_rerun_give_the_bytes_of_an_uninterrupted_run(command, tmp_path, workers):
+    subprocess.run(command("whole", workers), check=True, capture_output=True)
+    process = subprocess.Popen(command("killed", workers), stderr=subprocess.DEVNULL)
+    wait_for(lambda: finished(tmp_path / "killed") >= 2, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert finished(tmp_path / "killed") < 5
+    subprocess.run(command("killed", workers), check=True, capture_output=True)
+    assert tree_bytes(tmp_path / "killed") == tree_bytes(tmp_path / "whole")
+
+
+def test_sigkill_to_an_actor_does_not_stop_the_scan_or_change_a_byte(command, tmp_path):
+    subprocess.run(command("whole", 0), check=True, capture_output=True)
+    process = subprocess.Popen(command("killed", 1), stderr=subprocess.PIPE)
+    wait_for(lambda: finished(tmp_path / "killed") >= 1, process)
+    actors = actors_below(process.pid)
+    assert actors
+    for actor in actors:
+        os.kill(actor, signal.SIGKILL)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors.decode()[-2000:]
+    assert tree_bytes(tmp_path / "killed") == tree_bytes(tmp_path / "whole")
