@@ -23,7 +23,7 @@ from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 from sanitize.runtime import Resources, Result, ShardFunction, Tick
 from sanitize.stages import score_table, thresholds
-from sanitize.stages.shards import ShardReader, end_archive, sample_ranges
+from sanitize.stages.shards import ShardReader, end_archive, open_shard, read_block, sample_ranges
 
 log = logging.getLogger(__name__)
 DECISIONS = pa.schema(
@@ -93,7 +93,7 @@ def _ranges(shard: Shard, kept: NDArray[np.bool_]) -> list[tuple[int, int, bool]
             start = ranges.pop()[0]
         ranges.append((start, end, keep))
 
-    with storage.open_read(shard.url) as file:
+    with open_shard(shard) as file:
         reader = ShardReader(file, shard, with_images=False)
         position = 0
         for index, start, end in sample_ranges(reader.samples()):
@@ -118,18 +118,18 @@ def _split_shard(
     names = {True: f"clean/{shard.stem}.tar", False: f"quarantine/{shard.stem}.tar"}
     digest = hashlib.sha256()
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(storage.open_read(shard.url))
+        file = stack.enter_context(open_shard(shard))
         kinds = sorted({kind for _, _, kind in ranges})
         targets = {kind: stack.enter_context(storage.atomic_write(storage.join(out, names[kind]))) for kind in kinds}
         position = 0
         for start, end, kind in ranges:
-            for data in _blocks(file, start - position):
+            for data in _blocks(file, shard, start - position):
                 digest.update(data)
-            for data in _blocks(file, end - start):
+            for data in _blocks(file, shard, end - start):
                 digest.update(data)
                 targets[kind].write(data)
             position = end
-        for data in _blocks(file, shard.size - position + 1):
+        for data in _blocks(file, shard, shard.size - position + 1):
             digest.update(data)
         if digest.hexdigest() != expected_sha256:
             raise ShardError(_changed(shard))
@@ -138,9 +138,9 @@ def _split_shard(
     return {names[kind]: {"bytes": target.size, "sha256": target.sha256()} for kind, target in targets.items()}
 
 
-def _blocks(file: IO[bytes], count: int) -> Iterator[bytes]:
+def _blocks(file: IO[bytes], shard: Shard, count: int) -> Iterator[bytes]:
     """The next `count` bytes, or what is left of them."""
-    while count > 0 and (data := file.read(min(1 << 20, count))):
+    while count > 0 and (data := read_block(file, min(1 << 20, count), shard.url)):
         count -= len(data)
         yield data
 
@@ -159,7 +159,7 @@ def decision_identity(policy: ThresholdPolicy, threshold: float) -> str:
 def clean(
     out: str, policy: ThresholdPolicy, *, force: bool = False, resources: Resources | None = None, address: str = ""
 ) -> CleanResult:
-    """Decide on the whole scan, write decisions.parquet and summary.json, split every shard."""
+    """Decide on the whole scan, write decisions.parquet and summary.json, split every shard (in this process by default)."""
     run = storage.read_json(storage.join(out, "run.json")) if storage.exists(storage.join(out, "run.json")) else None
     if run is None:
         raise ConfigError(f"{out}: no scan there (run.json is missing). Run `sanitize scan` first, or give its folder.")

@@ -226,17 +226,21 @@ def _exit_for_shards(failed: Sequence[str]) -> None:
 
 @main.command()
 @click.argument("scanned", default="scanned")
+@click.option("--workers", default=0, show_default=True, help="Ray workers that copy; 0 = this process")
+@click.option("--address", default="", help="Ray cluster to join")
 @_policy_options
-def clean(scanned: str, force: bool | None, **options: Any) -> None:
+def clean(scanned: str, force: bool | None, workers: int, address: str, **options: Any) -> None:
     """Split the shards again at another threshold; scores are read, never computed.
 
     \b
     Example:  sanitize clean scanned/ --fpr 0.001
     """
+    from sanitize import runtime
     from sanitize.clean import clean as run
 
     policy = from_mapping(ThresholdPolicy, _policy_values(options), "policy")
-    result = run(scanned.rstrip("/"), policy, force=bool(force))
+    resources = runtime.plan(workers, 1, 0, workers, address)
+    result = run(scanned.rstrip("/"), policy, force=bool(force), resources=resources, address=address)
     click.echo(_cleaned(scanned.rstrip("/"), result))
     _exit_for_shards(result.failed)
 

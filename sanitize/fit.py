@@ -30,7 +30,7 @@ from sanitize.stages.encoders import Encoder, load_encoder
 from sanitize.stages.images import shrink, to_batch
 from sanitize.stages.loader import picture_batches
 from sanitize.stages.scoring import References, Scorer, embed, resolve_precision
-from sanitize.stages.shards import ShardReader, list_shards
+from sanitize.stages.shards import ShardReader, list_shards, open_shard
 from sanitize.training import Auxiliary, TrainingState, train_decoder
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,9 @@ def fit(config: FitConfig) -> Detector:
     encoder = load_encoder(config.encoder)
     fingerprint = encoder.fingerprint()
     _refuse_other_run(config, fingerprint)
+    if storage.exists(storage.join(config.out, "detector.json")):
+        log.info("%s holds this detector already", config.out)
+        return checkpoint.load(config.out)
     resources = runtime.plan(
         config.workers, config.cpus_per_worker, config.gpus_per_worker, len(shards), config.address
     )
@@ -124,7 +127,7 @@ class EmbedTask:
         self, shard: Shard, encoder: Encoder, device: torch.device, threads: int, tick: Tick
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         spec, dtype = encoder.spec, resolve_precision(self.precision, device)
-        with storage.open_read(shard.url) as file:
+        with open_shard(shard) as file:
             reader = ShardReader(file, shard, image_member=self.image_member)
             done = 0
             for pictures in picture_batches(reader.samples(), self.batch_size, threads):

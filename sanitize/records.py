@@ -1,4 +1,4 @@
-"""The project's vocabulary, in flow order: Shard, Member, Sample, Picture, ScoreRow."""
+"""The project's vocabulary, in flow order: Shard, Member, Sample, Picture. Score rows are columns: stages/score_table.py."""
 
 from dataclasses import dataclass
 
@@ -51,22 +51,3 @@ class Picture:
     height: int
     status: str
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreRow:
-    """One row of the score table. Numbers are None when status is not "ok"."""
-
-    shard: str
-    key: str
-    index: int
-    sha256: str
-    width: int
-    height: int
-    status: str
-    reason: str
-    score: float | None = None
-    p_value: float | None = None
-    error: float | None = None
-    error_reference: float | None = None
-    embedding_norm: float | None = None

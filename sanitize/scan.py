@@ -23,7 +23,7 @@ from sanitize.runtime import Result, ShardFunction, Tick
 from sanitize.stages.loader import picture_batches
 from sanitize.stages.score_table import ScoreWriter, rows
 from sanitize.stages.scoring import Scorer
-from sanitize.stages.shards import ShardReader, head_tail_sha256, list_shards
+from sanitize.stages.shards import ShardReader, head_tail_sha256, list_shards, open_shard
 from sanitize.stages.thresholds import cut_off
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class ScoreTask:
         name = f"scores/{shard.stem}.parquet"
         metadata = {"shard": shard.stem, "detector": detector.fingerprint}
         with (
-            storage.open_read(shard.url) as file,
+            open_shard(shard) as file,
             storage.atomic_write(storage.join(self.out, name)) as target,
             ScoreWriter(target, metadata) as writer,
         ):

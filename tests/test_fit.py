@@ -48,6 +48,12 @@ def test_the_same_settings_give_the_same_detector(aux_shards, encoder_spec, tmp_
     assert tree_bytes(tmp_path / "a") == tree_bytes(tmp_path / "b")
 
 
+def test_running_a_finished_fit_again_changes_nothing(detector, aux_shards, encoder_spec):
+    before = {path: path.stat().st_mtime_ns for path in detector.iterdir()}
+    fit(fit_config(aux_shards, encoder_spec, detector))
+    assert {path: path.stat().st_mtime_ns for path in detector.iterdir()} == before
+
+
 def test_a_fit_that_is_killed_resumes_to_the_same_detector(aux_shards, encoder_spec, tmp_path, monkeypatch):
     """Killed after the first epoch's checkpoint; embeddings and the first epoch are not computed again."""
     fit(fit_config(aux_shards, encoder_spec, tmp_path / "whole"))
@@ -85,7 +91,7 @@ def test_training_lowers_the_loss_and_covers_the_test_condition(aux_shards, enco
     training = TrainingConfig(epochs=12, batch_size=32, learning_rate=1e-2, precision="fp32", calibration_fraction=0.2)
     config = fit_config(aux_shards, encoder_spec, tmp_path / "d", training=training)
     losses = fit(config).summary["loss_by_epoch"]
-    assert losses[-1] < 0.85 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     assert visible_count(4, training.mask_ratio_max) == 0
 
 

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from builders import tree_bytes, write_shards
 
 pytestmark = pytest.mark.slow

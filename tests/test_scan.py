@@ -9,13 +9,26 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from builders import encoded, image_members, random_picture, tree_bytes, write_encoder, write_shards, write_tar
+from builders import (
+    encoded,
+    fit_config,
+    image_members,
+    random_picture,
+    tree_bytes,
+    write_encoder,
+    write_shards,
+    write_tar,
+)
 
 from sanitize.clean import clean
-from sanitize.config import ThresholdPolicy, load_encoder_spec
+from sanitize.config import DecoderConfig, ThresholdPolicy, load_encoder_spec
 from sanitize.errors import CheckpointError, ConfigError, RefusedError, StorageError
+from sanitize.fit import fit
 from sanitize.records import Shard
 from sanitize.scan import scan
+from sanitize.stages.decoder import patch_order
+from sanitize.stages.encoders import load_encoder
+from sanitize.stages.images import decode, shrink
 from sanitize.stages.shards import ShardReader
 from sanitize.verify import verify
 
@@ -183,6 +196,36 @@ def test_promise_5_a_score_does_not_depend_on_sharding(tmp_path, scan_config):
     scan(scan_config(tmp_path / "one", out="a", scores_only=True))
     scan(scan_config(tmp_path / "three", out="b", scores_only=True))
     assert scores_by_key(tmp_path / "b") == pytest.approx(scores_by_key(tmp_path / "a"), rel=1e-4)
+
+
+# ---------------------------------------------------------------- the paper's score
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.99])
+def test_the_score_column_is_the_plain_loop_of_the_card(shards, scan_config, aux_shards, encoder_spec, tmp_path, ratio):
+    """Section 4: one mask per image, sum of squared differences over hidden pixels in normalised units."""
+    decoder_config = DecoderConfig(8, 2, 16, 2, 1, 1)
+    config = fit_config(
+        aux_shards, encoder_spec, tmp_path / "paper", decoder=decoder_config, scorer="paper", test_mask_ratio=ratio
+    )
+    detector = fit(config)
+    scan(scan_config(shards, detector=str(tmp_path / "paper"), scores_only=True))
+    encoder, decoder, visible = load_encoder(encoder_spec), detector.decoder, int(16 * (1 - ratio))
+    with tarfile.open(shards / "part-0000.tar") as tar:
+        for row in table(tmp_path / "scanned", "part-0000"):
+            pixels = decode(tar.extractfile(f"{row['key']}.png").read())[0]
+            image = pixels[None].float() / 255
+            target = (shrink(image, 8) - 0.5) / 0.25
+            order = torch.from_numpy(patch_order(row["sha256"], 16, seed=21))[None]
+            with torch.inference_mode():
+                guess = decoder(encoder(image), target, order, visible)
+            expected = 0.0
+            for patch in order[0, visible:].tolist():
+                top, left = patch // 4 * 2, patch % 4 * 2
+                square = (slice(None), slice(top, top + 2), slice(left, left + 2))
+                expected += float((target[0][square] - guess[0][square]).square().sum())
+            assert row["score"] == pytest.approx(expected, rel=1e-4)
+            assert row["error"] == pytest.approx(expected / (3 * 4 * (16 - visible)), rel=1e-4)
 
 
 # ---------------------------------------------------------------- hostile shards, whole scan
@@ -376,6 +419,14 @@ def test_no_permission_to_write_says_so(shards, scan_config, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match=r"a part of the path is a file, not a folder\. Choose another --out"):
         scan(scan_config(shards, out="file/scanned"))
+
+
+def test_a_shard_that_vanishes_during_the_scan_fails_alone(shards, scan_config, tmp_path):
+    scan(scan_config(shards, scores_only=True))
+    (shards / "part-0001.tar").unlink()
+    result = clean(str(tmp_path / "scanned"), ThresholdPolicy("fraction", fraction=0.1))
+    assert [f.partition(": ")[2] for f in result.failed] == ["no such file. Check the path."]
+    assert (tmp_path / "scanned" / "clean" / "part-0002.tar").exists()
 
 
 def test_no_permission_to_read_says_so(shards, scan_config, monkeypatch):

@@ -89,11 +89,30 @@ def head_tail_sha256(shard: Shard, span: int = 1 << 16) -> str:
 # ---------------------------------------------------------------- reading
 
 
+def open_shard(shard: Shard) -> IO[bytes]:
+    """Open one shard of a run; one that has gone or cannot be opened fails alone."""
+    try:
+        return storage.open_read(shard.url)
+    except StorageError as error:
+        raise ShardError(str(error)) from None
+
+
+def read_block(file: IO[bytes], size: int, url: str) -> bytes:
+    """Read, and name the shard when the device or the network fails."""
+    try:
+        return file.read(size)
+    except OSError as error:
+        raise ShardError(
+            f"{url}: cannot be read ({error}). Check the device or connection, then run the same command."
+        ) from error
+
+
 class _SequentialFile:
     """What `tarfile` reads from: skips forward by reading, so that one pass also gives the SHA-256 of the whole shard."""
 
-    def __init__(self, file: IO[bytes], hashing: bool) -> None:
+    def __init__(self, file: IO[bytes], url: str, hashing: bool) -> None:
         self._file = file
+        self._url = url
         self._position = 0
         self._digest = hashlib.sha256() if hashing else None
         self.last_read = b""
@@ -105,7 +124,7 @@ class _SequentialFile:
         return self.last_read
 
     def read_content(self, size: int) -> bytes:
-        data = self._file.read(size)
+        data = read_block(self._file, size, self._url)
         self._position += len(data)
         if self._digest is not None:
             self._digest.update(data)
@@ -143,7 +162,7 @@ class ShardReader:
 
         `image_member`: extension of the member to score, for samples with more than one image ("" = the only one).
         """
-        self._file = _SequentialFile(file, hashing=with_images)
+        self._file = _SequentialFile(file, shard.url, hashing=with_images)
         self._shard = shard
         self._with_images = with_images
         self._image_member = image_member.lower().lstrip(".")
