@@ -1,0 +1,1 @@
+"""Throughput and memory, each beside its measured bound."""

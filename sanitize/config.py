@@ -1,6 +1,7 @@
 """Settings: one frozen dataclass per command, and strict YAML loading. `__post_init__` only checks."""
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from sanitize import storage
 from sanitize.errors import ConfigError
 
 T = TypeVar("T")
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # 1e-3: a number, which YAML 1.1 reads as text
 
 
 def check(condition: bool, message: str) -> None:
@@ -248,11 +250,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return tuple(_convert(typing.get_args(hint)[0], item, where) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
-        try:
-            return float(value)
-        except ValueError:
-            pass
+    if hint is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
+        return float(value)
     right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
     check(right, f"{where} holds {value!r}, {hint.__name__} was expected.")
     return value

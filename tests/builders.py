@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 import yaml
@@ -92,3 +93,22 @@ def fit_config(shards: Path, encoder: EncoderSpec, out: Path, **changes: object)
 def tree_bytes(folder: Path) -> dict[str, bytes]:
     """Every file below `folder`, by relative path."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def table(out: Path, stem: str) -> list[dict]:
+    return pq.read_table(out / "scores" / f"{stem}.parquet").to_pylist()
+
+
+def scores_by_key(out: Path) -> dict[str, float]:
+    return {
+        row["key"]: row["score"]
+        for path in (out / "scores").rglob("*.parquet")
+        for row in pq.read_table(path).to_pylist()
+    }
+
+
+def members(path: Path) -> list[tuple[str, bytes, bytes]]:
+    """(name, header bytes, content) of every member, in order."""
+    data = path.read_bytes()
+    with tarfile.open(path) as tar:
+        return [(m.name, data[m.offset : m.offset_data], data[m.offset_data : m.offset_data + m.size]) for m in tar]
