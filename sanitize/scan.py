@@ -111,9 +111,8 @@ def scan(config: ScanConfig) -> ScanResult:
     detector = checkpoint.load(config.detector)
     checkpoint.load_matching_encoder(detector, config.encoder)  # fail here, not in a worker
     if not config.scores_only and config.policy.policy == "calibrated":
-        cut_off(
-            detector.calibration, detector.calibration, config.policy
-        )  # too few calibration scores? before any work
+        # are there enough calibration scores for this rate? find out before any work
+        cut_off(detector.calibration, detector.calibration, config.policy)
     resources = runtime.plan(
         config.workers, config.cpus_per_worker, config.gpus_per_worker, len(shards), config.address
     )
