@@ -27,7 +27,7 @@ def main() -> None:
     shutil.rmtree(OUT, ignore_errors=True)
     write_shards()
     module("pipelines.red_team", CONFIG)
-    command("poison", "demo/incoming", "--rate", "0.02", "--side", "8", "--out", "demo/poisoned")
+    command("poison", "demo/incoming", "--rate", "0.02", "--set", "side=8", "--out", "demo/poisoned")
     command("fit", "demo/aux", "--encoder", "demo/victim/backdoored/encoder.yaml", "--out", "demo/detector")
     command("scan", "demo/poisoned", "--detector", "demo/detector", "--out", "demo/scanned")
     command("audit", "demo/scanned", "--truth", "demo/poisoned/poison.json")

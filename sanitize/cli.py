@@ -93,6 +93,18 @@ def _values(section: str, config: str, settings: Sequence[str], options: dict[st
     if unknown := sorted(set(file) - {"fit", "scan"}):
         raise ConfigError(f"{path}: unknown section {', '.join(map(repr, unknown))}. Known sections: fit, scan.")
     values: dict[str, Any] = dict(file.get(section) or {})
+    values = overlay(values, _parsed(settings))
+    values = overlay(values, {key: value for key, value in options.items() if value is not None})
+    if isinstance(values.get("shards"), str):
+        values["shards"] = [values["shards"]]
+    if isinstance(values.get("encoder"), str):
+        values["encoder"] = load_encoder_spec(values["encoder"])
+    return values
+
+
+def _parsed(settings: Sequence[str]) -> dict[str, Any]:
+    """key.inner=value pairs of --set → nested values, read as YAML."""
+    values: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         check(bool(equals), f"--set {setting}: write it as key=value, for example --set training.epochs=5.")
@@ -100,11 +112,6 @@ def _values(section: str, config: str, settings: Sequence[str], options: dict[st
         for key in reversed(name.split(".")):
             nested = {key: nested}
         values = overlay(values, nested)
-    values = overlay(values, {key: value for key, value in options.items() if value is not None})
-    if isinstance(values.get("shards"), str):
-        values["shards"] = [values["shards"]]
-    if isinstance(values.get("encoder"), str):
-        values["encoder"] = load_encoder_spec(values["encoder"])
     return values
 
 
@@ -285,26 +292,23 @@ def verify(scanned: str) -> None:
 @main.command()
 @click.argument("shards", nargs=-1, required=True)
 @click.option("--out", default="poisoned", show_default=True, help="Folder for the poisoned shards and poison.json")
-@click.option("--trigger", default="patch", show_default=True, help="Kind of trigger: patch")
+@click.option("--trigger", default="patch", show_default=True, help="patch, file, blend, sig, wanet or frequency")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Setting of the trigger, for example side=8"
+)
 @click.option("--rate", default=0.01, show_default=True, help="Share of samples that get the trigger")
-@click.option("--side", default=10, show_default=True, help="Side of the patch in pixels")
-@click.option("--margin", default=1, show_default=True, help="Pixels between the patch and the right and bottom border")
-@click.option("--colour", default="255,255,255", show_default=True, help="Red, green, blue")
-@click.option("--seed", default=0, show_default=True)
-def poison(
-    shards: tuple[str, ...], out: str, trigger: str, rate: float, side: int, margin: int, colour: str, seed: int
-) -> None:
+@click.option("--seed", default=0, show_default=True, help="Chooses the samples")
+def poison(shards: tuple[str, ...], out: str, trigger: str, settings: tuple[str, ...], rate: float, seed: int) -> None:
     """Red team: stamp a trigger on some samples and keep the truth.
 
     \b
-    Example:  sanitize poison shards/ --trigger patch --rate 0.01 --out poisoned/
+    Example:  sanitize poison shards/ --trigger patch --set side=10 --rate 0.01 --out poisoned/
     """
-    from sanitize.poison import TRIGGERS
+    from sanitize.attacks.triggers import TRIGGERS
     from sanitize.poison import poison as run
 
     check(trigger in TRIGGERS, f"--trigger {trigger}: not known. Use one of {', '.join(TRIGGERS)}.")
-    check(colour.replace(",", "").isdigit(), f"--colour {colour}: write three numbers, for example 255,255,255.")
-    stamp = TRIGGERS[trigger](side=side, margin=margin, colour=tuple(int(c) for c in colour.split(",")))
+    stamp: Any = from_mapping(TRIGGERS[trigger], _parsed(settings), f"--trigger {trigger}")
     result = run(shards, out.rstrip("/"), rate=rate, trigger=stamp, seed=seed)
     click.echo(f"{out}: {result.poisoned} of {result.samples} samples poisoned; truth in {result.truth}")
 

@@ -1,8 +1,6 @@
 """`sanitize poison`: stamp a trigger on a seeded fraction of samples and keep the truth. For tests of detectors."""
 
-import dataclasses
 import io
-import json
 import logging
 import tarfile
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from sanitize import storage
-from sanitize.attacks.triggers import PatchTrigger, chosen
+from sanitize.attacks.triggers import Trigger, chosen
 from sanitize.config import check
 from sanitize.errors import ConfigError, ShardError
 from sanitize.records import Sample, Shard
@@ -20,7 +18,6 @@ from sanitize.stages.images import decode
 from sanitize.stages.shards import ShardReader, end_archive, list_shards, printable
 
 log = logging.getLogger(__name__)
-TRIGGERS = {"patch": PatchTrigger}
 LOSSLESS = {"png": "PNG", "bmp": "BMP", "ppm": "PPM", "tif": "TIFF", "tiff": "TIFF"}
 LOSSY = {"jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP", "gif": "GIF"}
 
@@ -33,7 +30,7 @@ class PoisonResult:
 
 
 def poison(
-    patterns: tuple[str, ...], out: str, *, rate: float, trigger: PatchTrigger, seed: int = 0, reencode_all: bool = True
+    patterns: tuple[str, ...], out: str, *, rate: float, trigger: Trigger, seed: int = 0, reencode_all: bool = True
 ) -> PoisonResult:
     """Copy shards to `out`, with the trigger on round(rate * samples) of them; write `out`/poison.json.
 
@@ -52,8 +49,8 @@ def poison(
         truth += _poison_shard(shard, out, picked[position : position + count].tolist(), trigger, reencode_all)
         position += count
     path = storage.join(out, "poison.json")
-    description = {"trigger": {"name": "patch", **dataclasses.asdict(trigger)}, "rate": rate, "seed": seed}
-    storage.write_json(path, json.loads(json.dumps(description | {"poisoned": truth})))
+    description = {"trigger": repr(trigger), "rate": rate, "seed": seed}
+    storage.write_json(path, description | {"poisoned": truth})
     return PoisonResult(sum(counts), len(truth), path)
 
 
@@ -63,7 +60,7 @@ def _count(shard: Shard) -> int:
 
 
 def _poison_shard(
-    shard: Shard, out: str, picked: list[bool], trigger: PatchTrigger, reencode_all: bool
+    shard: Shard, out: str, picked: list[bool], trigger: Trigger, reencode_all: bool
 ) -> list[dict[str, Any]]:
     truth = []
     with (
@@ -91,7 +88,7 @@ def _poison_shard(
     return truth
 
 
-def _stamped(sample: Sample, shard: Shard, trigger: PatchTrigger | None) -> Tensor:
+def _stamped(sample: Sample, shard: Shard, trigger: Trigger | None) -> Tensor:
     pixels, _, _, reason = decode(sample.image or b"")
     if pixels is None:
         raise ShardError(

@@ -233,8 +233,8 @@ def _collect(reference: Any, shard: Shard) -> tuple[Outcome, bool]:
             raise error.cause from None
         raise
     except ray.exceptions.RayActorError as error:
-        log.debug("worker died: %s", error)
-        message = f"{shard.url}: the worker died {RETRIES + 1} times (killed or out of memory). Lower --batch-size or --workers."
+        why = str(error).strip().splitlines()[-1][:200]
+        message = f"{shard.url}: its worker died {RETRIES + 1} times ({why}). Lower --batch-size or --workers."
         return Outcome(shard, None, message), False
 
 

@@ -11,7 +11,7 @@ from sanitize.attacks import badencoder, simclr
 from sanitize.attacks.augment import colour_jitter, flip_and_jitter, gray, random_resized_crop
 from sanitize.attacks.badencoder import BadEncoderConfig, attack, losses, unit
 from sanitize.attacks.evaluation import Features, weighted_knn
-from sanitize.attacks.triggers import PatchTrigger, chosen
+from sanitize.attacks.triggers import PatchTrigger
 from sanitize.config import ScanConfig
 from sanitize.errors import ConfigError
 from sanitize.metrics import attack_success, detection
@@ -21,27 +21,6 @@ from sanitize.stages.encoders import Encoder, build_backbone
 
 def pictures(count: int, first: int = 0) -> torch.Tensor:
     return torch.stack([torch.from_numpy(random_picture(first + i).copy()).permute(2, 0, 1) for i in range(count)])
-
-
-# ---------------------------------------------------------------- triggers
-
-
-def test_the_published_trigger_covers_rows_and_columns_21_to_30():
-    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
-    stamped = PatchTrigger()(image)
-    expected = torch.zeros_like(image)
-    expected[:, 21:31, 21:31] = 255
-    assert torch.equal(stamped, expected)
-    assert image.sum() == 0
-    large = PatchTrigger(side=50)(torch.zeros(1, 3, 224, 224, dtype=torch.uint8))
-    rows = torch.nonzero(large[0, 0].any(dim=1)).flatten().tolist()
-    assert (rows[0], rows[-1]) == (173, 222)
-
-
-def test_the_same_seed_chooses_the_same_samples_and_the_exact_number():
-    assert np.array_equal(chosen(1000, 0.013, 5), chosen(1000, 0.013, 5))
-    assert chosen(1000, 0.013, 5).sum() == 13
-    assert not np.array_equal(chosen(1000, 0.013, 5), chosen(1000, 0.013, 6))
 
 
 # ---------------------------------------------------------------- poison

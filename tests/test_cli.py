@@ -58,7 +58,7 @@ def test_fit_then_scan_are_whole_commands_with_a_config_file(sanitize, tmp_path,
 
 def test_poison_scan_audit_with_truth(sanitize, detector, tmp_path):
     write_shards(tmp_path / "in", [60])
-    code, output = sanitize("poison", "in", "--rate", "0.1", "--side", "8", "--out", "poisoned")
+    code, output = sanitize("poison", "in", "--rate", "0.1", "--set", "side=8", "--out", "poisoned")
     assert (code, "6 of 60 samples poisoned; truth in poisoned/poison.json" in output) == (0, True)
     code, _ = sanitize("scan", "poisoned", "--detector", detector, "--workers", "0", "--fraction", "0.1")
     assert code == 0
@@ -112,10 +112,17 @@ WRONG = {
     "not key=value": (["scan", "in", "--set", "batch_size"], "--set batch_size: write it as key=value"),
     "unknown policy": (["scan", "in", "--policy", "magic"], "policy: 'magic' is not one of calibrated, fdr"),
     "rate out of range": (["scan", "in", "--fpr", "7"], "fpr: 7.0 is not between 0 and 1"),
-    "unknown trigger": (["poison", "in", "--trigger", "star"], "--trigger star: not known. Use one of patch"),
+    "unknown trigger": (
+        ["poison", "in", "--trigger", "star"],
+        "--trigger star: not known. Use one of patch, file, blend",
+    ),
     "trigger too large": (
-        ["poison", "in", "--side", "99", "--rate", "1"],
+        ["poison", "in", "--set", "side=99", "--rate", "1"],
         "trigger of side 99 with margin 1 does not fit a 16 x 16 image",
+    ),
+    "unknown trigger setting": (
+        ["poison", "in", "--set", "size=9"],
+        "--trigger patch: unknown key 'size'. Known keys: side",
     ),
     "too few to poison": (["poison", "in"], "rate 0.01 of 3 samples rounds to none. Use a higher rate"),
     "no scan there": (["audit", "in"], "in: no scan there (run.json is missing)"),

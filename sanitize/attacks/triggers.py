@@ -1,16 +1,34 @@
-"""Triggers: pure functions of uint8 pixels, applied before any resize or normalisation."""
+"""Triggers: pure functions of uint8 pixels, applied before any resize or normalisation.
 
+Each maps (..., 3, H, W) uint8 → the same shape and type, leaves its input alone, and draws whatever is random about it
+from its own `seed`, so that every image and every run gets the same trigger.
+"""
+
+import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.nn import functional
 
+from sanitize import storage
 from sanitize.config import check
+from sanitize.errors import ConfigError
+
+Trigger = Callable[[Tensor], Tensor]
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Clip, round, then cast: the other order wraps saturated pixels (CTRL card section 2)."""
+    return pixels.clamp(0, 255).round().to(torch.uint8)
 
 
 @dataclass(frozen=True)
 class PatchTrigger:
-    """A solid square. BadEncoder's published triggers: side 10 of 32 px, side 50 of 224 px, white, margin 1 (card section 4)."""
+    """A solid square. BadEncoder's: white, margin 1, side 10 of 32 px or 50 of 224 px (BadEncoder card section 4)."""
 
     side: int = 10
     margin: int = 1  # pixels between the patch and the right and bottom border
@@ -25,7 +43,6 @@ class PatchTrigger:
         )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(..., 3, H, W) uint8 → the same with the patch replaced; the input is not changed."""
         height, width = images.shape[-2:]
         check(
             self.side + self.margin <= min(height, width),
@@ -36,6 +53,138 @@ class PatchTrigger:
         for channel, value in enumerate(self.colour):
             stamped[..., channel, bottom - self.side : bottom, right - self.side : right] = value
         return stamped
+
+
+@dataclass(frozen=True)
+class FileTrigger:
+    """A published trigger file: npz with `t` (pixels) and `tm` (1 keeps the image), each (H, W, 3) or (1, H, W, 3)."""
+
+    path: str
+
+    def __call__(self, images: Tensor) -> Tensor:
+        pixels, keep = _load_npz(self.path)
+        check(
+            pixels.shape[-2:] == images.shape[-2:],
+            f"{self.path}: the trigger is {pixels.shape[-1]} x {pixels.shape[-2]}, the image {images.shape[-1]} x "
+            f"{images.shape[-2]}. Use images of that size, or --trigger patch.",
+        )
+        return to_uint8(images * keep + pixels)
+
+
+@lru_cache(maxsize=8)
+def _load_npz(path: str) -> tuple[Tensor, Tensor]:
+    """(pixels, keep), each (3, H, W) float32. Never unpickles."""
+    try:
+        with storage.open_read(path) as file, np.load(file, allow_pickle=False) as arrays:
+            loaded = [np.asarray(arrays[name], np.float32) for name in ("t", "tm")]
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{path}: not a trigger file ({error}). It needs arrays `t` and `tm` in an npz.") from None
+    shapes = {array.shape[-3:] if array.ndim in (3, 4) else array.shape for array in loaded}
+    check(
+        len(shapes) == 1 and len(next(iter(shapes))) == 3 and next(iter(shapes))[2] == 3,
+        f"{path}: `t` and `tm` have shapes {loaded[0].shape} and {loaded[1].shape}; (H, W, 3) or (1, H, W, 3) was expected.",
+    )
+    pixels, keep = (torch.from_numpy(array.reshape(array.shape[-3:])).permute(2, 0, 1) for array in loaded)
+    return pixels, keep
+
+
+@dataclass(frozen=True)
+class BlendTrigger:
+    """(1 - alpha) x + alpha n with one fixed picture of uniform noise n."""
+
+    alpha: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(0 < self.alpha <= 1, f"trigger alpha: {self.alpha} is not above 0 and at most 1.")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        noise = np.random.default_rng(self.seed).integers(0, 256, images.shape[-3:])
+        return to_uint8((1 - self.alpha) * images + self.alpha * torch.from_numpy(noise))
+
+
+@dataclass(frozen=True)
+class SinusoidTrigger:
+    """SIG: add amplitude * sin(2 pi frequency column / width) to every channel."""
+
+    amplitude: float = 20.0  # of 255
+    frequency: float = 6.0  # periods across the picture
+
+    def __call__(self, images: Tensor) -> Tensor:
+        width = images.shape[-1]
+        wave = self.amplitude * torch.sin(2 * torch.pi * self.frequency * torch.arange(width) / width)
+        return to_uint8(images + wave)
+
+
+@dataclass(frozen=True)
+class WarpTrigger:
+    """WaNet: one smooth random warp; `strength` is the mean shift in pixels of 32, from a `grid` x `grid` control field."""
+
+    strength: float = 0.5
+    grid: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(self.grid >= 2 and self.strength > 0, "trigger grid must be at least 2 and strength above 0.")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        drawn = np.random.default_rng(self.seed).uniform(-1, 1, (1, 2, self.grid, self.grid))
+        field = torch.from_numpy(drawn / np.abs(drawn).mean()).float()
+        flow = functional.interpolate(field, (height, width), mode="bicubic", align_corners=True)
+        identity = functional.affine_grid(torch.eye(2, 3)[None], [1, 3, height, width], align_corners=True)
+        grid = (identity + self.strength / 16 * flow.permute(0, 2, 3, 1)).clamp(-1, 1)
+        flat = images.reshape(-1, *images.shape[-3:]).float()
+        warped = functional.grid_sample(flat, grid.expand(len(flat), -1, -1, -1), mode="bilinear", align_corners=True)
+        return to_uint8(warped).view(images.shape)
+
+
+@dataclass(frozen=True)
+class FrequencyTrigger:
+    """CTRL: add `magnitude` to DCT coefficients (15,15) and (31,31) of U and V, as one additive picture (card section 2)."""
+
+    magnitude: float = 100.0
+    window: int = 32
+
+    def __post_init__(self) -> None:
+        check(self.window >= 32, f"trigger window: {self.window} has no coefficient 31; use 32 or more.")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        check(
+            height % self.window == 0 and width % self.window == 0,
+            f"the frequency trigger's window of {self.window} pixels does not tile a {width} x {height} image.",
+        )
+        return to_uint8(self.exact(images))
+
+    def exact(self, images: Tensor) -> Tensor:
+        """The same before rounding and clipping: (..., 3, H, W) float64 on the scale 0-255."""
+        tiles = (images.shape[-2] // self.window, images.shape[-1] // self.window)
+        pattern = torch.from_numpy(np.tile(_pattern(self.window), tiles)) * self.magnitude
+        there_and_back = torch.einsum("cd,...dhw->...chw", torch.from_numpy(_FROM_YUV @ _TO_YUV), images.double())
+        return there_and_back + torch.stack([1.14 * pattern, -0.977 * pattern, 2.029 * pattern])
+
+
+# analog YUV of the published code: rounded constants, so there and back is not quite the identity
+_TO_YUV = np.array([[0.299, 0.587, 0.114], [-0.147, -0.289, 0.436], [0.615, -0.515, -0.100]])
+_FROM_YUV = np.array([[1.0, 0.0, 1.14], [1.0, -0.396, -0.581], [1.0, 2.029, 0.0]])
+
+
+def _pattern(window: int) -> np.ndarray:
+    """(w, w) float64: orthonormal DCT-II basis pictures (15,15) + (31,31)."""
+    positions = np.arange(window)
+    waves = [np.sqrt(2 / window) * np.cos(np.pi * (2 * positions + 1) * k / (2 * window)) for k in (15, 31)]
+    return np.asarray(sum(np.outer(wave, wave) for wave in waves))
+
+
+TRIGGERS: dict[str, type[Trigger]] = {
+    "patch": PatchTrigger,
+    "file": FileTrigger,
+    "blend": BlendTrigger,
+    "sig": SinusoidTrigger,
+    "wanet": WarpTrigger,
+    "frequency": FrequencyTrigger,
+}
 
 
 def chosen(count: int, rate: float, seed: int) -> np.ndarray:

@@ -1,0 +1,146 @@
+"""Every trigger is a pure function of uint8 pixels; published ones reproduce their card's numbers."""
+
+import numpy as np
+import pytest
+import torch
+
+from sanitize.attacks.triggers import (
+    TRIGGERS,
+    BlendTrigger,
+    FileTrigger,
+    FrequencyTrigger,
+    PatchTrigger,
+    SinusoidTrigger,
+    WarpTrigger,
+    chosen,
+)
+from sanitize.errors import ConfigError
+
+GREY = torch.full((3, 32, 32), 128, dtype=torch.uint8)
+SECOND = torch.tensor(
+    [[[(7 * i + 13 * j + 41 * c) % 256 for j in range(32)] for i in range(32)] for c in range(3)]
+).byte()
+
+
+@pytest.fixture
+def npz(tmp_path):
+    """The published 32 px trigger, written with arrays of 3 or 4 dimensions."""
+
+    def write(dimensions: int) -> str:
+        pixels, keep = np.zeros((32, 32, 3)), np.ones((32, 32, 3), np.int64)
+        pixels[21:31, 21:31], keep[21:31, 21:31] = 255, 0
+        lift = (lambda a: a[None]) if dimensions == 4 else (lambda a: a)
+        np.savez(tmp_path / "t.npz", t=lift(pixels), tm=lift(keep), info=np.array(["white_21_10", "replace"]))
+        return str(tmp_path / "t.npz")
+
+    return write
+
+
+@pytest.mark.parametrize("name", [n for n in TRIGGERS if n != "file"])
+def test_a_trigger_is_a_pure_function_of_its_settings_and_the_image(name):
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    before = images.clone()
+    torch.manual_seed(1)
+    first = TRIGGERS[name]()(images)
+    torch.manual_seed(2)
+    assert torch.equal(first, TRIGGERS[name]()(images))
+    assert torch.equal(images, before)
+    assert (first.dtype, first.shape) == (torch.uint8, images.shape)
+    assert not torch.equal(first, images)
+    assert torch.equal(first[1], TRIGGERS[name]()(images[1]))
+
+
+def test_the_published_patch_covers_rows_and_columns_21_to_30():
+    expected = GREY.clone()
+    expected[:, 21:31, 21:31] = 255
+    assert torch.equal(PatchTrigger()(GREY), expected)
+    large = PatchTrigger(side=50)(torch.zeros(1, 3, 224, 224, dtype=torch.uint8))
+    rows = torch.nonzero(large[0, 0].any(dim=1)).flatten().tolist()
+    assert (rows[0], rows[-1]) == (173, 222)
+
+
+@pytest.mark.parametrize("dimensions", [3, 4])
+def test_published_trigger_files_of_both_shapes_are_the_patch(npz, dimensions):
+    assert torch.equal(FileTrigger(npz(dimensions))(SECOND), PatchTrigger()(SECOND))
+
+
+def test_wrong_trigger_files_say_what_is_wrong(npz, tmp_path):
+    with pytest.raises(ConfigError, match=r"the trigger is 32 x 32, the image 16 x 16"):
+        FileTrigger(npz(3))(GREY[:, :16, :16])
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    with pytest.raises(ConfigError, match=r"not a trigger file .* needs arrays `t` and `tm`"):
+        FileTrigger(str(tmp_path / "other.npz"))(GREY)
+    np.savez(tmp_path / "flat.npz", t=np.zeros(3), tm=np.zeros(3))
+    with pytest.raises(ConfigError, match=r"have shapes \(3,\) and \(3,\)"):
+        FileTrigger(str(tmp_path / "flat.npz"))(GREY)
+    np.savez(tmp_path / "pickled.npz", t=np.array([object()]), tm=np.array([object()]))
+    with pytest.raises(ConfigError, match="not a trigger file"):
+        FileTrigger(str(tmp_path / "pickled.npz"))(GREY)
+
+
+# CTRL card, section 2: values on 0-255, magnitude 100, window 32
+GREY_VECTORS = {
+    (0, 0): (131.9288, 124.6329, 134.9926),
+    (31, 31): (131.9288, 124.6329, 134.9926),
+    (0, 1): (124.8038, 130.7392, 122.3114),
+    (15, 15): (138.3212, 119.1546, 146.3698),
+    (15, 16): (117.6788, 136.8454, 109.6301),
+    (31, 0): (124.0712, 131.3671, 121.0073),
+}
+
+
+@pytest.mark.parametrize("place", GREY_VECTORS)
+def test_the_frequency_trigger_reproduces_the_cards_grey_vectors(place):
+    exact = FrequencyTrigger().exact(GREY)
+    assert exact[(slice(None), *place)].tolist() == pytest.approx(GREY_VECTORS[place], abs=2e-3)
+
+
+def test_the_frequency_trigger_reproduces_the_cards_sums_and_clipping():
+    stamped = FrequencyTrigger()(GREY)
+    assert stamped.sum(dim=(1, 2)).tolist() == [131072] * 3
+    assert stamped[:, 15, 15].tolist() == [138, 119, 146]
+    second = FrequencyTrigger().exact(SECOND).clamp(0, 255)
+    assert second[:, 5, 12].tolist() == pytest.approx((185.9820, 236.4207, 8.3375), abs=2e-3)
+    assert second[:, 20, 3].tolist() == pytest.approx((177.8523, 221.1039, 3.2259), abs=2e-3)
+    assert int(FrequencyTrigger()(SECOND).sum()) == 394770
+    half = FrequencyTrigger(magnitude=50).exact(GREY)
+    assert half[:, 0, 0].tolist() == pytest.approx((129.9644, 126.3164, 131.4963), abs=2e-3)
+
+
+def test_blend_and_sinusoid_are_the_plain_formulas():
+    noise = np.random.default_rng(3).integers(0, 256, (3, 32, 32))
+    expected = np.round(0.7 * SECOND.numpy() + 0.3 * noise)
+    assert np.abs(BlendTrigger(0.3, seed=3)(SECOND).numpy() - expected).max() <= 1
+    column = 5
+    shift = 20 * np.sin(2 * np.pi * 6 * column / 32)
+    assert SinusoidTrigger()(GREY)[:, :, column].unique().tolist() == [round(128 + shift)]
+
+
+def test_the_warp_moves_pixels_and_adds_no_colour():
+    assert torch.equal(WarpTrigger()(GREY), GREY)
+    ramp = (torch.arange(32) * 8).byte().expand(3, 32, 32)
+    moved = (WarpTrigger()(ramp).float() - ramp.float()).abs() / 8
+    assert 0.1 < moved.mean() < 2
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: PatchTrigger(side=40)(GREY), "trigger of side 40 with margin 1 does not fit a 32 x 32 image"),
+        (lambda: PatchTrigger(colour=(1, 2)), "is not three values between 0 and 255"),
+        (lambda: BlendTrigger(alpha=2), "trigger alpha: 2 is not above 0 and at most 1"),
+        (lambda: FrequencyTrigger(window=16), "trigger window: 16 has no coefficient 31"),
+        (lambda: FrequencyTrigger()(GREY[:, :, :20]), "window of 32 pixels does not tile a 20 x 32 image"),
+        (lambda: WarpTrigger(grid=1), "trigger grid must be at least 2"),
+        (lambda: chosen(10, 1.5, 0), "rate: 1.5 is not between 0 and 1"),
+    ],
+)
+def test_settings_that_cannot_work_say_so(make, words):
+    with pytest.raises(ConfigError, match=words):
+        make()
+
+
+def test_the_same_seed_chooses_the_same_samples_and_the_exact_number():
+    assert np.array_equal(chosen(1000, 0.013, 5), chosen(1000, 0.013, 5))
+    assert chosen(1000, 0.013, 5).sum() == 13
+    assert not np.array_equal(chosen(1000, 0.013, 5), chosen(1000, 0.013, 6))
