@@ -27,10 +27,11 @@ class EncoderSpec:
     """The encoder under test, as its YAML file describes it.
 
     architecture: resnet18 | resnet34 | resnet50 (ImageNet stem), the same with "-cifar" (3x3 stem, no max-pool),
-                  timm:<name>, or exported:<file.pt2>
+                  clip (OpenAI or open_clip file, shapes inferred), timm:<name>, or exported:<file.pt2>
     weights:      safetensors or a weights-only PyTorch file; not used by exported:
     image_size:   side of the square input in pixels; mean, std: per channel, for pixels in [0, 1]
     resize:       "squash" shows the whole picture, "crop" its central square
+    quick_gelu:   of a CLIP ViT: true for OpenAI's weights, false for most of open_clip's
     width, stem_stride: of small ResNets made for tests; 64 and 1 are the published ones
     """
 
@@ -40,6 +41,7 @@ class EncoderSpec:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     resize: str = "squash"
+    quick_gelu: bool = True
     width: int = 64
     stem_stride: int = 1
 

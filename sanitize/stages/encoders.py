@@ -22,6 +22,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from sanitize import storage
 from sanitize.config import EncoderSpec
 from sanitize.errors import CheckpointError, ConfigError
+from sanitize.stages import clip
 from sanitize.stages.exported import load_exported
 
 _RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
@@ -70,11 +71,13 @@ def load_encoder(spec: EncoderSpec) -> Encoder:
     """Build the encoder, load its weights strictly, freeze it. Raises CheckpointError or ConfigError."""
     if spec.architecture.startswith("exported:"):
         backbone = load_exported(spec.architecture.removeprefix("exported:"))
+    elif not spec.weights:
+        raise ConfigError(f"encoder {spec.architecture}: no weights. Add `weights: <file>` to the encoder YAML.")
+    elif spec.architecture == "clip":
+        backbone = _load_clip(spec)
     else:
         backbone = build_backbone(spec)
-        if not spec.weights:
-            raise ConfigError(f"encoder {spec.architecture}: no weights. Add `weights: <file>` to the encoder YAML.")
-        load_strictly(backbone, read_weights(spec.weights), spec)
+        load_strictly(backbone, encoder_tensors(read_weights(spec.weights)), spec)
     backbone.requires_grad_(False)
     if not spec.architecture.startswith("exported:"):
         backbone.eval().to(memory_format=torch.channels_last)
@@ -83,13 +86,24 @@ def load_encoder(spec: EncoderSpec) -> Encoder:
     return encoder
 
 
+def _load_clip(spec: EncoderSpec) -> nn.Module:
+    tensors = clip.image_tensors(read_weights(spec.weights), spec.weights)
+    backbone, size = clip.build_image_tower(tensors, spec.weights, quick_gelu=spec.quick_gelu)
+    if size != spec.image_size:
+        raise ConfigError(
+            f"{spec.weights}: this CLIP takes images of {size} pixels. Set `image_size: {size}` in the encoder YAML."
+        )
+    load_strictly(backbone, tensors, spec)
+    return backbone
+
+
 def build_backbone(spec: EncoderSpec) -> nn.Module:
     """The architecture with fresh weights: (B, 3, S, S) → (B, D)."""
     if spec.architecture.startswith("timm:"):
         return _build_timm(spec.architecture.removeprefix("timm:"))
     name, _, stem = spec.architecture.partition("-")
     if name not in _RESNETS or stem not in ("", "cifar"):
-        known = ", ".join([*_RESNETS, *(f"{n}-cifar" for n in _RESNETS), "timm:<name>", "exported:<file.pt2>"])
+        known = ", ".join([*_RESNETS, *(f"{n}-cifar" for n in _RESNETS), "clip", "timm:<name>", "exported:<file.pt2>"])
         raise ConfigError(f"architecture: {spec.architecture!r} is not known. Use one of {known}.")
     block, layers = _RESNETS[name]
     model = torchvision.models.ResNet(block, layers, width_per_group=64)
@@ -182,9 +196,8 @@ def encoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {re.sub(r"\.shortcut\.", ".downsample.", name): tensor for name, tensor in names.items()}
 
 
-def load_strictly(backbone: nn.Module, tensors: Mapping[str, Tensor], spec: EncoderSpec) -> None:
+def load_strictly(backbone: nn.Module, given: Mapping[str, Tensor], spec: EncoderSpec) -> None:
     """Copy weights into `backbone`; every name and shape must fit, and the message says which do not."""
-    given = encoder_tensors(tensors)
     wanted = backbone.state_dict()
     counters = {name for name in wanted if name.endswith("num_batches_tracked")}
     missing = sorted(set(wanted) - set(given) - counters)
