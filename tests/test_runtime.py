@@ -1,0 +1,96 @@
+"""Stages run the same in this process and on Ray; one shard's failure is its own, anything else ends the run."""
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from sanitize.errors import ConfigError, SanitizeError, ShardError, StorageError
+from sanitize.progress import ProgressDisplay
+from sanitize.records import Shard
+from sanitize.runtime import Resources, map_shards, plan
+
+SHARDS = [Shard(f"/in/{name}.tar", name, 10) for name in "abcd"]
+
+
+@dataclass(frozen=True)
+class Echo:
+    """Returns the stem; fails or dies where told to."""
+
+    fail: str = ""
+    full: str = ""
+    die: str = ""
+    tombstone: str = ""
+
+    def start(self, threads):
+        def work(shard, tick):
+            tick(1, 0, shard.size)
+            if shard.stem == self.fail:
+                raise ShardError(f"{shard.url}: cannot be read")
+            if shard.stem == self.full:
+                raise StorageError("out/x: no space left")
+            if shard.stem == self.die and not Path(self.tombstone).exists():
+                Path(self.tombstone).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return {"stem": shard.stem, "threads": threads}
+
+        return work
+
+
+def run(task, workers):
+    with ProgressDisplay("test", len(SHARDS), 40) as display:
+        return sorted(map_shards(task, SHARDS, Resources(workers, 1, 0), display), key=lambda o: o.shard.stem)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_shard_has_one_outcome_and_a_bad_one_fails_alone(ray_cluster, workers):
+    outcomes = run(Echo(fail="b"), workers)
+    assert [o.result and o.result["stem"] for o in outcomes] == ["a", None, "c", "d"]
+    assert [o.error for o in outcomes] == ["", "/in/b.tar: cannot be read", "", ""]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_that_is_not_the_shards_ends_the_run_as_itself(ray_cluster, workers):
+    with pytest.raises(StorageError, match=r"^out/x: no space left$"):
+        run(Echo(full="c"), workers)
+
+
+def test_a_worker_that_is_killed_is_restarted_and_does_its_shard_again(ray_cluster, tmp_path):
+    outcomes = run(Echo(die="b", tombstone=str(tmp_path / "killed")), 1)
+    assert (tmp_path / "killed").exists()
+    assert [o.result["stem"] for o in outcomes] == ["a", "b", "c", "d"]
+
+
+@dataclass(frozen=True)
+class AlwaysDies:
+    def start(self, _threads):
+        return lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_worker_that_always_dies_ends_the_run_with_advice(ray_cluster):
+    with pytest.raises(SanitizeError, match=r"all Ray workers died.*lower --batch-size or --workers"):
+        run(AlwaysDies(), 1)
+
+
+def test_the_default_plan_fits_the_machine():
+    cores = os.cpu_count() or 1
+    resources = plan(-1, 0, 0, shards=100)
+    assert 1 <= resources.workers * resources.cpus <= cores
+    assert plan(-1, 0, 0, shards=1).workers == 1
+    assert plan(0, 0, 0, shards=5) == Resources(0, cores, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((4000, 1, 0), r"4000 workers with 1 CPUs and 0 GPUs each do not fit: .* Lower --workers"),
+        ((1, 1, 512), r"1 workers with 1 CPUs and 512 GPUs each do not fit"),
+        ((-2, 0, 0), r"workers must be -1 \(automatic\), 0 \(this process\) or more"),
+    ],
+)
+def test_a_plan_that_does_not_fit_says_what_there_is(arguments, words):
+    with pytest.raises(ConfigError, match=words):
+        plan(*arguments, shards=10)
