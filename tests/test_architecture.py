@@ -4,8 +4,11 @@ import ast
 from pathlib import Path
 
 import pytest
+from builders import SPEC
 
+from pipelines.detection import Study
 from pipelines.red_team import load_config
+from sanitize.config import FIT_PRESETS, FitConfig, from_mapping, load_yaml, overlay
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [  # a module may import from its own row and the rows above it
@@ -61,9 +64,17 @@ def test_fit_scan_and_clean_never_import_attacks():
         assert "attacks" not in imported(ROOT / "sanitize" / f"{name}.py")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("red_team_*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_config_loads(path):
-    import yaml
-
-    for preset in yaml.safe_load(path.read_text())["presets"]:
-        assert load_config(str(path), preset).classes == 10
+    values = load_yaml(str(path))
+    if path.name.startswith("red_team_"):
+        for preset in values["presets"]:
+            assert load_config(str(path), preset).classes == 10
+    else:
+        study = from_mapping(Study, values, path.name)
+        for name, settings in study.presets.items():
+            merged = overlay(
+                FIT_PRESETS[settings.get("preset", "default")], settings | {"shards": ["x"], "encoder": SPEC}
+            )
+            merged.pop("preset", None)
+            assert from_mapping(FitConfig, merged, name).training.epochs > 0
