@@ -28,7 +28,9 @@ def main() -> None:
     write_shards()
     module("pipelines.red_team", CONFIG)
     command("poison", "demo/incoming", "--rate", "0.02", "--set", "side=8", "--out", "demo/poisoned")
-    command("fit", "demo/aux", "--encoder", "demo/victim/backdoored/encoder.yaml", "--out", "demo/detector")
+    # a thousand images are few: more epochs and smaller batches than the default, which is meant for ten thousand or more
+    small = ("--set", "training.epochs=60", "--set", "training.batch_size=32")
+    command("fit", "demo/aux", "--encoder", "demo/victim/backdoored/encoder.yaml", "--out", "demo/detector", *small)
     command("scan", "demo/poisoned", "--detector", "demo/detector", "--out", "demo/scanned")
     command("audit", "demo/scanned", "--truth", "demo/poisoned/poison.json")
     command("verify", "demo/scanned")

@@ -199,10 +199,10 @@ def _train_on_ray(
         torch.set_num_threads(resources.cpus)
         place = Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
 
+        # not ray.train.report: the controller collects reports every two seconds, longer than a small epoch
         def report(epoch: int, loss: float) -> None:
             if place.rank == 0:
                 storage.write_json(progress, {"epoch": epoch, "loss": loss})
-            ray.train.report({"epoch": epoch, "loss": loss})
 
         _train(config, ray.get(settings["auxiliary"]), place, path, report)
 
