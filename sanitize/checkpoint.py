@@ -1,6 +1,8 @@
 """The detector folder: what `fit` writes and `scan` reads."""
 
 import hashlib
+import importlib.metadata
+import platform
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,7 @@ import safetensors.torch
 import torch
 from numpy.typing import NDArray
 
+import sanitize
 from sanitize import storage
 from sanitize.config import DecoderConfig, EncoderSpec, from_mapping, to_mapping
 from sanitize.errors import CheckpointError
@@ -38,7 +41,7 @@ class Detector:
     fingerprint: str = ""  # of the folder; known after save or load
 
 
-def save(detector: Detector, folder: str, versions: dict[str, str]) -> Detector:
+def save(detector: Detector, folder: str) -> Detector:
     """Write the folder, detector.json last. Returns the detector with its fingerprint."""
     tensors = {f"decoder.{name}": t.contiguous().cpu() for name, t in detector.decoder.state_dict().items()}
     tensors |= {"references.mean": detector.references.mean, "references.mean_square": detector.references.mean_square}
@@ -61,7 +64,7 @@ def save(detector: Detector, folder: str, versions: dict[str, str]) -> Detector:
             "mask_ratio": detector.mask_ratio,
             "seed": detector.seed,
             "summary": detector.summary,
-            "versions": versions,
+            "versions": library_versions(),
             "sha256": {
                 "decoder.safetensors": hashlib.sha256(weights).hexdigest(),
                 "calibration.parquet": hashlib.sha256(calibration).hexdigest(),
@@ -136,3 +139,9 @@ def scorer(detector: Detector, encoder: Encoder, precision: str, device: torch.d
         precision=precision,
         device=device,
     )
+
+
+def library_versions() -> dict[str, str]:
+    names = ("torch", "torchvision", "pillow", "pyarrow", "ray")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return versions | {"sanitize": sanitize.__version__, "python": platform.python_version()}

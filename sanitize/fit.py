@@ -5,10 +5,8 @@ embed (once per image, cached by shard) → split off calibration images → tra
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import logging
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,7 +15,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-import sanitize
 from sanitize import checkpoint, preview, runtime, storage
 from sanitize.checkpoint import Detector
 from sanitize.config import EncoderSpec, FitConfig, to_mapping
@@ -58,7 +55,7 @@ def fit(config: FitConfig) -> Detector:
         _require_enough(len(training.hashes), len(held_out.hashes))
         state = train_decoder(config, training, resources)
     detector = _calibrated(config, encoder, fingerprint, state, training, held_out)
-    saved = checkpoint.save(detector, config.out, library_versions())
+    saved = checkpoint.save(detector, config.out)
     storage.remove_folder(storage.join(config.out, "cache"))
     storage.remove_folder(storage.join(config.out, "training"))
     log.info("detector written to %s", config.out)
@@ -263,9 +260,3 @@ def _scores(scorer: Scorer, auxiliary: Auxiliary) -> tuple[Tensor, Tensor]:
         scores.append(scorer.score(targets, reconstructions, hidden).cpu())
         pictures.append((reconstructions * encoder.std + encoder.mean).clamp(0, 1).cpu().half())
     return torch.cat(scores), torch.cat(pictures)
-
-
-def library_versions() -> dict[str, str]:
-    names = ("torch", "torchvision", "pillow", "pyarrow", "ray")
-    versions = {name: importlib.metadata.version(name) for name in names}
-    return versions | {"sanitize": sanitize.__version__, "python": platform.python_version()}

@@ -16,7 +16,6 @@ from sanitize.checkpoint import Detector
 from sanitize.clean import CleanResult, clean
 from sanitize.config import EncoderSpec, ScanConfig, to_mapping
 from sanitize.errors import RefusedError, ShardError
-from sanitize.fit import library_versions
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 from sanitize.runtime import Result, ShardFunction, Tick
@@ -163,7 +162,7 @@ def _open_run(config: ScanConfig, detector: Detector, shards: list[Shard]) -> No
         "shards": {
             s.stem: {"url": s.url, "bytes": s.size, "head_tail_sha256": h} for s, h in zip(shards, hashes, strict=True)
         },
-        "versions": library_versions(),
+        "versions": checkpoint.library_versions(),
     }
     path = storage.join(config.out, "run.json")
     if storage.exists(path):
