@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-slow check bench clean
+.PHONY: demo test test-slow check zoo bench clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,9 @@ check: $(INSTALLED)  ## format, lint, strict types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+zoo: $(INSTALLED)  ## every victim of the red team; needs runs/shards (python ../shared/data/make_shards.py runs/shards)
+	$(BIN)/python -m pipelines.red_team configs/red_team_*.yaml --results docs/results/red_team.csv --page docs/red_team.md
 
 bench: $(INSTALLED)  ## throughput and memory beside their measured bounds
 	$(BIN)/python -m benchmarks.scan

@@ -18,7 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 OUT = Path("demo")
-CONFIG = "configs/red_team_badencoder_digits.yaml"
+CONFIG = "configs/demo_badencoder_digits.yaml"
 AUXILIARY = 1000  # images to learn from; the other 797 are the incoming shards
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     start = time.monotonic()
     shutil.rmtree(OUT, ignore_errors=True)
     write_shards()
-    module("pipelines.red_team", CONFIG)
+    module("pipelines.red_team", CONFIG, "--zoo", "demo/zoo", "--out", "demo/victim")
     command("poison", "demo/incoming", "--rate", "0.02", "--set", "side=8", "--out", "demo/poisoned")
     # a thousand images are few: more epochs and smaller batches than the default, which is meant for ten thousand or more
     small = ("--set", "training.epochs=60", "--set", "training.batch_size=32")

@@ -1,186 +1,196 @@
-"""Make a victim: pre-train an encoder, backdoor it, measure the attack.
+"""The zoo of victims: make the encoders that the configs describe, backdoor them, measure the attacks.
 
-    python -m pipelines.red_team configs/red_team_badencoder_cifar10.yaml [--preset cpu|gpu]
+    python -m pipelines.red_team configs/red_team_*.yaml [--preset cpu|gpu] [--seed 100 --seed 101]
 
-Writes <out>/clean/encoder.{yaml,safetensors}, <out>/backdoored/..., <out>/report.json. A finished pre-training is reused.
+Every victim gets a folder: clean/ and backdoored/ (encoder.yaml, encoder.safetensors), report.json (evaluation), truth.json
+(what was poisoned, the trigger, every setting). A victim whose settings, data and seed are those of a finished folder is
+not made again, so running the same command after an interruption makes the rest. Clean encoders are shared.
 """
 
+import csv
 import dataclasses
-import json
+import io
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
-import safetensors.torch
 import torch
-import yaml
-from torch import Tensor
 
+from pipelines import clip_victim, ssl_victim
 from sanitize import storage
-from sanitize.attacks import badencoder, evaluation, simclr
-from sanitize.attacks.badencoder import BadEncoderConfig
-from sanitize.attacks.evaluation import AttackReport, Features, HeadConfig
-from sanitize.attacks.simclr import SimclrConfig
-from sanitize.attacks.triggers import PatchTrigger
-from sanitize.config import EncoderSpec, check, from_mapping, load_yaml, overlay, to_mapping
-from sanitize.errors import ConfigError, SanitizeError
-from sanitize.stages import images
-from sanitize.stages.encoders import Encoder, load_encoder
-from sanitize.stages.shards import ShardReader, list_shards
+from sanitize.attacks.evaluation import AttackReport
+from sanitize.config import check, from_mapping, load_yaml, overlay, to_mapping
+from sanitize.errors import SanitizeError
 
 log = logging.getLogger(__name__)
+RECIPE = 1  # raise it when the same settings make another victim
+Build = Callable[[Any, str, str, torch.device], tuple[AttackReport, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Shards with `.cls` labels (class index as text). Numbers of images, 0 = all."""
+class Kind:
+    """How a family of attacks is configured and made."""
 
-    pretrain: tuple[str, ...]
-    shadow_images: int
-    train: tuple[str, ...]
-    test: tuple[str, ...]
-    train_images: int = 0
-    test_images: int = 0
+    config: type[Any]
+    inputs: Callable[[Any], dict[str, list[str]]]
+    build: Build
 
 
-@dataclass(frozen=True)
-class RedTeamConfig:
-    """One victim."""
-
-    out: str
-    data: DataConfig
-    encoder: EncoderSpec
-    classes: int = 10
-    target: int = 9
-    trigger: PatchTrigger = field(default_factory=PatchTrigger)
-    simclr: SimclrConfig = field(default_factory=SimclrConfig)
-    badencoder: BadEncoderConfig = field(default_factory=BadEncoderConfig)
-    head: HeadConfig = field(default_factory=HeadConfig)
-    seed: int = 100
+_SSL = Kind(ssl_victim.SslConfig, ssl_victim.inputs, ssl_victim.build)
+_CLIP = Kind(clip_victim.ClipConfig, clip_victim.inputs, clip_victim.build)
+ATTACKS = {"badencoder": _SSL, "drupe": _SSL, "ctrl": _SSL, "clip_text": _CLIP, "badclip": _CLIP}
+PRESETS = ("cpu", "gpu")
 
 
 @dataclass(frozen=True)
-class LabelledImages:
-    pixels: Tensor  # (N, 3, S, S) uint8
-    labels: Tensor  # (N,) int64
+class Row:
+    """One line of red_team.csv."""
+
+    attack: str  # the YAML's name without red_team_
+    preset: str
+    seed: int
+    clean_accuracy: float
+    backdoored_accuracy: float
+    asr: float
+    asr_clean_encoder: float
+    cos_triggered: float
+    seconds: int
 
 
-def load_config(path: str, preset: str) -> RedTeamConfig:
+def load_config(path: str, preset: str) -> Any:
     """Shared settings of the YAML, overlaid with its section `presets.<preset>`."""
     values = load_yaml(path)
     presets = values.pop("presets", {})
     check(preset in presets, f"{path}: no preset {preset!r}. It has: {', '.join(presets) or 'none'}.")
-    return from_mapping(RedTeamConfig, overlay(values, presets[preset]), f"{path} (preset {preset})")
+    attack = values.get("attack")
+    check(attack in ATTACKS, f"{path}: attack: {attack!r} is not one of {', '.join(ATTACKS)}.")
+    return from_mapping(ATTACKS[str(attack)].config, overlay(values, presets[preset]), f"{path} (preset {preset})")
 
 
-def load_images(patterns: tuple[str, ...], limit: int, size: int, *, labelled: bool = True) -> LabelledImages:
-    """Decoded images at the encoder's size, with the class index of the `.cls` member (-1 when not asked for)."""
-    pixels, labels = [], []
-    for shard in list_shards(patterns):
-        with storage.open_read(shard.url) as file, storage.open_read(shard.url) as labels_file:
-            for sample in ShardReader(file, shard).samples():
-                picture = images.decode_sample(sample)
-                if picture.pixels is None:
-                    raise ConfigError(
-                        f"{shard.url}: {sample.key}: {picture.reason}. Use clean shards to make a victim."
-                    )
-                batch = images.to_batch([picture.pixels], size, "squash", torch.device("cpu"))
-                pixels.append((batch[0] * 255).round().to(torch.uint8))
-                member = next((m for m in sample.members if m.extension == "cls"), None)
-                check(
-                    not labelled or member is not None, f"{shard.url}: {sample.key} has no .cls member (class index)."
-                )
-                if member is not None:
-                    labels_file.seek(member.data)
-                    labels.append(int(labels_file.read(member.size)))
-                if len(pixels) == limit:
-                    return LabelledImages(torch.stack(pixels), torch.tensor(labels))
-    return LabelledImages(torch.stack(pixels), torch.tensor(labels))
+def make(path: str, preset: str, zoo: str, seed: int | None = None, out: str = "") -> tuple[str, Row]:
+    """The victim's folder and its line: from a finished folder, or made now."""
+    config = load_config(path, preset)
+    config = config if seed is None else dataclasses.replace(config, seed=seed)
+    kind = ATTACKS[config.attack]
+    settings = {"recipe": RECIPE, "config": to_mapping(config), "inputs": kind.inputs(config)}
+    digest = storage.json_sha256(settings)
+    name = Path(path).stem.removeprefix("red_team_")
+    folder = out or storage.join(zoo, f"{name}-{preset}-{digest[:8]}")
+    report = storage.join(folder, "report.json")
+    if not (storage.exists(report) and storage.read_json(report).get("settings_sha256") == digest):
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        result, truth = kind.build(config, folder, zoo, device)
+        seconds = truth.pop("seconds")
+        storage.write_json(storage.join(folder, "truth.json"), settings | truth)
+        values = {"settings_sha256": digest, "seed": config.seed, "seconds": seconds} | dataclasses.asdict(result)
+        storage.write_json(report, values)
+    else:
+        log.info("%s is finished", folder)
+    values = {"attack": name, "preset": preset} | storage.read_json(report)
+    return folder, Row(**{f.name: values[f.name] for f in dataclasses.fields(Row)})
 
 
-def run(config: RedTeamConfig) -> AttackReport:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    size = config.encoder.image_size
-    start = time.monotonic()
-    pretrain = load_images(config.data.pretrain, 0, size, labelled=False).pixels
-    clean = pretrained(config, pretrain, device)
-    splits = {
-        "train": load_images(config.data.train, config.data.train_images, size),
-        "test": load_images(config.data.test, config.data.test_images, size),
-    }
-    splits["triggered"] = LabelledImages(config.trigger(splits["test"].pixels), splits["test"].labels)
-    clean_features = features_of(clean, splits, device)
-    head = evaluation.train_head(clean_features["train"], config.classes, config.head, config.seed)
-    reference = splits["train"].pixels[evaluation.best_reference(head, clean_features["train"], config.target)]
-    shadow = pretrain[: config.data.shadow_images or len(pretrain)]
-    backdoored = badencoder.attack(clean, shadow, reference, config.trigger, config.badencoder, config.seed, device)
-    save_encoder(backdoored, storage.join(config.out, "backdoored"))
-    backdoored_features = features_of(backdoored, splits, device)
-    result = evaluation.report(
-        clean_features, backdoored_features, config.classes, config.target, config.head, config.seed
+def merged(rows: Sequence[Row], path: str) -> list[Row]:
+    """The rows of an earlier table with `rows` in place of those of the same attack, preset and seed; sorted."""
+    table = {(row.attack, PRESETS.index(row.preset), row.seed): row for row in [*read_table(path), *rows]}
+    return [table[key] for key in sorted(table)]
+
+
+def read_table(path: str) -> list[Row]:
+    if not storage.exists(path):
+        return []
+    with io.StringIO(storage.read_bytes(path).decode()) as text:
+        kinds = {f.name: f.type for f in dataclasses.fields(Row)}
+        return [Row(**{k: kinds[k](v) for k, v in line.items()}) for line in csv.DictReader(text)]  # type: ignore[operator]
+
+
+def write_table(path: str, rows: Sequence[Row]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [f.name for f in dataclasses.fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in dataclasses.asdict(row).items()})
+    storage.write_bytes(path, text.getvalue().encode())
+
+
+BEGIN, END = "<!-- red_team.csv: begin -->", "<!-- red_team.csv: end -->"
+
+
+def write_page(page: str, rows: Sequence[Row]) -> None:
+    """Replace what stands between the two markers of a Markdown page by the table."""
+    text = storage.read_bytes(page).decode()
+    check(
+        BEGIN in text and END in text, f"{page}: the markers {BEGIN} and {END} are missing. Put them around the table."
     )
-    seconds = round(time.monotonic() - start)
-    values = dataclasses.asdict(result) | {"seconds": seconds, "seed": config.seed, "target": config.target}
-    storage.write_json(storage.join(config.out, "report.json"), values)
-    return result
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    storage.write_bytes(page, f"{before}{BEGIN}\n{markdown(rows)}\n{END}{after}".encode())
 
 
-def pretrained(config: RedTeamConfig, pixels: Tensor, device: torch.device) -> Encoder:
-    """The clean encoder: taken from an earlier run with the same settings, else pre-trained now."""
-    folder = storage.join(config.out, "clean")
-    settings = json.loads(json.dumps([to_mapping(config.simclr), to_mapping(config.encoder), config.seed, len(pixels)]))
-    marker = storage.join(folder, "pretrain.json")
-    if storage.exists(marker) and storage.read_json(marker)["settings"] == settings:
-        log.info("reusing the pre-trained encoder in %s", folder)
-        weights = storage.join(folder, "encoder.safetensors")
-        return load_encoder(dataclasses.replace(config.encoder, weights=weights)).to(device)
-    encoder = simclr.pretrain(pixels, config.encoder, config.simclr, config.seed, device)
-    save_encoder(encoder, folder)
-    storage.write_json(marker, {"settings": settings})
-    return encoder
-
-
-def features_of(encoder: Encoder, splits: dict[str, LabelledImages], device: torch.device) -> dict[str, Features]:
-    return {name: Features(badencoder.embed(encoder, s.pixels, device), s.labels) for name, s in splits.items()}
-
-
-def save_encoder(encoder: Encoder, folder: str) -> None:
-    """encoder.safetensors and the encoder.yaml that describes it."""
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in encoder.backbone.state_dict().items()}
-    storage.write_bytes(storage.join(folder, "encoder.safetensors"), safetensors.torch.save(tensors))
-    values = to_mapping(encoder.spec) | {"weights": "encoder.safetensors"}
-    storage.write_bytes(storage.join(folder, "encoder.yaml"), yaml.safe_dump(values, sort_keys=False).encode())
-
-
-def table(result: AttackReport) -> str:
-    rows: list[tuple[str, Callable[[AttackReport], float]]] = [
-        ("kNN accuracy, clean encoder", lambda r: r.knn_accuracy),
-        ("clean accuracy (clean encoder, clean images)", lambda r: r.clean_accuracy),
-        ("backdoored accuracy (backdoored encoder, clean images)", lambda r: r.backdoored_accuracy),
-        ("attack success (backdoored encoder, triggered images)", lambda r: r.asr),
-        ("the same trigger on the clean encoder", lambda r: r.asr_clean_encoder),
-        ("mean cosine among triggered embeddings", lambda r: r.cos_triggered),
-        ("mean cosine among clean embeddings", lambda r: r.cos_clean),
+def markdown(rows: Sequence[Row]) -> str:
+    head = (
+        "| attack | preset | seed | clean accuracy | backdoored accuracy | attack success | same trigger, clean encoder | "
+        "cosine among triggered | seconds |\n|---|---|---|---|---|---|---|---|---|"
+    )
+    lines = [
+        f"| {r.attack} | {r.preset} | {r.seed} | {r.clean_accuracy:.3f} | {r.backdoored_accuracy:.3f} | {r.asr:.3f} | "
+        f"{r.asr_clean_encoder:.3f} | {r.cos_triggered:.3f} | {r.seconds} |"
+        for r in rows
     ]
-    return "\n".join(f"{label:56s} {value(result):.3f}" for label, value in rows)
+    return "\n".join([head, *lines])
+
+
+LABELS = {
+    "clean_accuracy": "clean accuracy (clean encoder, clean images)",
+    "backdoored_accuracy": "backdoored accuracy (backdoored encoder, clean images)",
+    "asr": "attack success (backdoored encoder, triggered images)",
+    "asr_clean_encoder": "the same trigger on the clean encoder",
+    "cos_triggered": "mean cosine among triggered embeddings",
+    "cos_clean": "mean cosine among clean embeddings",
+    "distance_triggered": "distance of triggered from clean embeddings (SWD / D)",
+    "norm_triggered": "mean raw norm, triggered images",
+    "norm_triggered_std": "  its standard deviation",
+    "norm_clean": "mean raw norm, clean images",
+    "norm_clean_std": "  its standard deviation",
+    "norm_clean_encoder": "mean raw norm, clean images, clean encoder",
+}
+
+
+def evaluation_table(folder: str) -> str:
+    values = storage.read_json(storage.join(folder, "report.json"))
+    return "\n".join(f"  {label:56s} {values[name]:8.3f}" for name, label in LABELS.items())
 
 
 @click.command()
-@click.argument("config", type=click.Path(exists=True))
-@click.option("--preset", default="cpu", show_default=True, help="Section of `presets` in the YAML.")
-@click.option("--out", help="Folder for the victim, instead of the one in the YAML.")
-def main(config: str, preset: str, out: str | None) -> None:
-    """Make the victim that CONFIG describes and measure the attack."""
+@click.argument("configs", nargs=-1, required=True, type=click.Path(exists=True))
+@click.option("--preset", default="cpu", show_default=True, help="Section of `presets` in the YAML: cpu or gpu.")
+@click.option("--seed", "seeds", type=int, multiple=True, help="Instead of the YAML's; may be given several times.")
+@click.option("--zoo", default="runs/zoo", show_default=True, help="Folder of all victims and their clean encoders.")
+@click.option("--out", default="", help="The victim's own folder, when CONFIGS is one file.")
+@click.option("--results", default="", help="CSV to update [default: <zoo>/red_team.csv]")
+@click.option("--page", default="", help="Markdown page whose table is written anew from the CSV.")
+def main(
+    configs: tuple[str, ...], preset: str, seeds: tuple[int, ...], zoo: str, out: str, results: str, page: str
+) -> None:
+    """Make the victims that CONFIGS describe and measure the attacks; finished ones are reused."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
-        settings = load_config(config, preset)
-        if out:
-            settings = dataclasses.replace(settings, out=out)
-        click.echo(table(run(settings)))
-        click.echo(f"Victim: {Path(settings.out) / 'backdoored' / 'encoder.yaml'}")
+        check(preset in PRESETS, f"--preset {preset}: use one of {', '.join(PRESETS)}.")
+        wanted = [(config, seed) for config in configs for seed in (seeds or (None,))]
+        check(not out or len(wanted) == 1, "--out: is for one config and one seed; use --zoo for more.")
+        results = results or storage.join(zoo, "red_team.csv")
+        start = time.monotonic()
+        for number, (config, seed) in enumerate(wanted, 1):
+            click.echo(f"[{number}/{len(wanted)}, {time.monotonic() - start:.0f} s] {config}", err=True)
+            folder, row = make(config, preset, zoo.rstrip("/"), seed, out.rstrip("/"))
+            click.echo(f"{folder}\n{evaluation_table(folder)}")
+            rows = merged([row], results)
+            write_table(results, rows)
+            if page:
+                write_page(page, rows)
     except SanitizeError as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -25,13 +25,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Scored:
-    """All rows of a scan, in shard order; score (N,) float32 with NaN where there is none."""
+    """All rows of a scan, in shard order; scores and similarities (N,) float32 with NaN where there is none."""
 
     shards: NDArray[np.object_]
     keys: NDArray[np.object_]
     indices: NDArray[np.int64]
     statuses: NDArray[np.object_]
     scores: NDArray[np.float32]
+    similarities: NDArray[np.float32]  # of image and caption
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def audit(out: str, truth: str = "", top: int = 32) -> AuditResult:
 
 
 def _read(out: str, stems: list[str]) -> Scored:
-    columns = ["shard", "key", "index", "status", "score"]
+    columns = ["shard", "key", "index", "status", "score", "text_similarity"]
     paths = [storage.join(out, "scores", f"{stem}.parquet") for stem in stems]
     tables = [score_table.read(path, columns) for path in paths if storage.exists(path)]
     if not tables:
@@ -89,8 +90,10 @@ def _read(out: str, stems: list[str]) -> Scored:
         name: np.concatenate([table.column(name).to_numpy(zero_copy_only=False) for table in tables])
         for name in columns[:4]
     }
-    scores = np.concatenate([score_table.numbers(table, "score") for table in tables])
-    return Scored(by_column["shard"], by_column["key"], by_column["index"], by_column["status"], scores)
+    scores, similarities = (
+        np.concatenate([score_table.numbers(table, name) for table in tables]) for name in columns[4:]
+    )
+    return Scored(by_column["shard"], by_column["key"], by_column["index"], by_column["status"], scores, similarities)
 
 
 def _poisoned(scored: Scored, truth: str) -> NDArray[np.bool_]:
@@ -129,6 +132,12 @@ def _text(
     lines.append(
         f"  score: median {np.median(finite):.4g}, 99 % {np.quantile(finite, 0.99):.4g}, highest {finite.max():.4g}"
     )
+    similar = scored.similarities[np.isfinite(scored.similarities)]
+    if len(similar):
+        low, median = np.quantile(similar, (0.01, 0.5))
+        lines.append(
+            f"  captions: {len(similar)} compared, cosine with the image: median {median:.3f}, lowest 1 % below {low:.3f}"
+        )
     if summary:
         lines.append(f"  policy {summary['policy']['policy']}: threshold {threshold:.4g}, {summary['removed']} removed")
     if quality:

@@ -21,6 +21,7 @@ from sanitize.stages.decoder import Decoder
 from sanitize.stages.encoders import Encoder, load_encoder
 from sanitize.stages.images import DECODE_PATH
 from sanitize.stages.scoring import References, Scorer
+from sanitize.stages.text import TextEncoder
 
 FORMAT_VERSION = 1
 
@@ -128,7 +129,9 @@ def load_matching_encoder(detector: Detector, spec: EncoderSpec | None) -> Encod
     return encoder
 
 
-def scorer(detector: Detector, encoder: Encoder, precision: str, device: torch.device) -> Scorer:
+def scorer(
+    detector: Detector, encoder: Encoder, precision: str, device: torch.device, text: TextEncoder | None = None
+) -> Scorer:
     return Scorer(
         encoder,
         detector.decoder,
@@ -138,6 +141,7 @@ def scorer(detector: Detector, encoder: Encoder, precision: str, device: torch.d
         seed=detector.seed,
         precision=precision,
         device=device,
+        text=text,
     )
 
 

@@ -195,6 +195,7 @@ def _policy_values(options: dict[str, Any]) -> dict[str, Any]:
 @click.option("--encoder", help="YAML of the encoder [default: the one the detector was fitted to]")
 @click.option("--out", help="Scan folder to write [default: scanned]")
 @click.option("--scores-only", is_flag=True, default=None, help="Stop after the scores; write no shards")
+@click.option("--caption-member", help="txt or json:<field>; needs a CLIP with a tokenizer [default then: txt]")
 @click.option("--precision", help="auto, bf16 or fp32")
 @_policy_options
 @_common
@@ -292,7 +293,9 @@ def verify(scanned: str) -> None:
 @main.command()
 @click.argument("shards", nargs=-1, required=True)
 @click.option("--out", default="poisoned", show_default=True, help="Folder for the poisoned shards and poison.json")
-@click.option("--trigger", default="patch", show_default=True, help="patch, file, blend, sig, wanet or frequency")
+@click.option(
+    "--trigger", default="patch", show_default=True, help="patch, file, picture, blend, sig, wanet or frequency"
+)
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Setting of the trigger, for example side=8"
 )
@@ -304,11 +307,10 @@ def poison(shards: tuple[str, ...], out: str, trigger: str, settings: tuple[str,
     \b
     Example:  sanitize poison shards/ --trigger patch --set side=10 --rate 0.01 --out poisoned/
     """
-    from sanitize.attacks.triggers import TRIGGERS
+    from sanitize.attacks.triggers import make_trigger
     from sanitize.poison import poison as run
 
-    check(trigger in TRIGGERS, f"--trigger {trigger}: not known. Use one of {', '.join(TRIGGERS)}.")
-    stamp: Any = from_mapping(TRIGGERS[trigger], _parsed(settings), f"--trigger {trigger}")
+    stamp = make_trigger(_parsed(settings) | {"name": trigger})
     result = run(shards, out.rstrip("/"), rate=rate, trigger=stamp, seed=seed)
     click.echo(f"{out}: {result.poisoned} of {result.samples} samples poisoned; truth in {result.truth}")
 
@@ -331,7 +333,7 @@ scan:
 """
 ENCODER_TEMPLATE = """\
 # The encoder under test. Weights: safetensors, or a PyTorch file that loads with weights_only=True.
-architecture: resnet18      # resnet18|34|50, resnet18-cifar (3x3 stem), timm:<name>, exported:<file.pt2>
+architecture: resnet18      # resnet18|34|50, resnet18-cifar (3x3 stem), clip, timm:<name>, exported:<file.pt2>
 weights: encoder.safetensors
 image_size: 224
 mean: [0.485, 0.456, 0.406]

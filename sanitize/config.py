@@ -26,12 +26,13 @@ def check(condition: bool, message: str) -> None:
 class EncoderSpec:
     """The encoder under test, as its YAML file describes it.
 
-    architecture: resnet18 | resnet34 | resnet50 (ImageNet stem), the same with "-cifar" (3x3 stem, no max-pool),
+    architecture: resnet10 | resnet18 | resnet34 | resnet50 (ImageNet stem), the same with "-cifar" (3x3 stem, no max-pool),
                   clip (OpenAI or open_clip file, shapes inferred), timm:<name>, or exported:<file.pt2>
     weights:      safetensors or a weights-only PyTorch file; not used by exported:
     image_size:   side of the square input in pixels; mean, std: per channel, for pixels in [0, 1]
     resize:       "squash" shows the whole picture, "crop" its central square
-    quick_gelu:   of a CLIP ViT: true for OpenAI's weights, false for most of open_clip's
+    quick_gelu:   of CLIP's transformers: true for OpenAI's weights, false for most of open_clip's
+    tokenizer:    of a CLIP whose captions are to be compared with the images: a tokenizer.json, or open_clip (its vocabulary)
     width, stem_stride: of small ResNets made for tests; 64 and 1 are the published ones
     """
 
@@ -42,6 +43,7 @@ class EncoderSpec:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     resize: str = "squash"
     quick_gelu: bool = True
+    tokenizer: str = ""
     width: int = 64
     stem_stride: int = 1
 
@@ -53,6 +55,10 @@ class EncoderSpec:
         )
         check(min(self.std) > 0, "std: every value must be above 0.")
         check(self.width >= 1 and self.stem_stride in (1, 2), "width must be at least 1, stem_stride 1 or 2.")
+        check(
+            not self.tokenizer or self.architecture == "clip",
+            f"tokenizer: only architecture clip has a text tower to use it with, not {self.architecture}.",
+        )
 
 
 @dataclass(frozen=True)
@@ -175,6 +181,7 @@ class ScanConfig:
     scores_only: bool = False
     force: bool = False
     image_member: str = ""
+    caption_member: str = ""  # txt or json:<field>; default: txt when the encoder has a tokenizer
     batch_size: int = 256
     precision: str = "auto"
     workers: int = -1
@@ -212,7 +219,8 @@ def load_encoder_spec(path: str) -> EncoderSpec:
     architecture = spec.architecture
     if architecture.startswith("exported:"):
         architecture = "exported:" + beside(architecture.removeprefix("exported:"))
-    return dataclasses.replace(spec, architecture=architecture, weights=beside(spec.weights))
+    tokenizer = spec.tokenizer if spec.tokenizer == "open_clip" else beside(spec.tokenizer)
+    return dataclasses.replace(spec, architecture=architecture, weights=beside(spec.weights), tokenizer=tokenizer)
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:

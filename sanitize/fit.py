@@ -227,9 +227,7 @@ def _calibrated(
         "calibration_score_quantiles": quantiles,
     }
     return Detector(
-        encoder=dataclasses.replace(
-            config.encoder, weights=storage.absolute(config.encoder.weights) if config.encoder.weights else ""
-        ),
+        encoder=_placed(config.encoder),
         encoder_fingerprint=fingerprint,
         decoder=decoder.cpu(),
         references=references.to(torch.device("cpu")),
@@ -238,6 +236,14 @@ def _calibrated(
         mask_ratio=config.test_mask_ratio,
         seed=config.seed,
         summary=summary,
+    )
+
+
+def _placed(spec: EncoderSpec) -> EncoderSpec:
+    """With absolute paths: a scan may start in another folder."""
+    tokenizer = spec.tokenizer if spec.tokenizer in ("", "open_clip") else storage.absolute(spec.tokenizer)
+    return dataclasses.replace(
+        spec, weights=storage.absolute(spec.weights) if spec.weights else "", tokenizer=tokenizer
     )
 
 

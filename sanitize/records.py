@@ -37,6 +37,8 @@ class Sample:
     image: bytes | None = None  # content of the image member; None when not read or when there is none
     status: str = "ok"
     reason: str = ""
+    caption: str = ""  # "" when not asked for or when there is none, then `caption_reason` says why
+    caption_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +53,5 @@ class Picture:
     height: int
     status: str
     reason: str
+    caption: str = ""
+    caption_reason: str = ""

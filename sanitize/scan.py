@@ -14,15 +14,17 @@ import numpy as np
 from sanitize import checkpoint, runtime, storage
 from sanitize.checkpoint import Detector
 from sanitize.clean import CleanResult, clean
-from sanitize.config import EncoderSpec, ScanConfig, to_mapping
+from sanitize.config import EncoderSpec, ScanConfig, check, to_mapping
 from sanitize.errors import RefusedError, ShardError
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 from sanitize.runtime import Result, ShardFunction, Tick
+from sanitize.stages.captions import split_member
 from sanitize.stages.loader import picture_batches
 from sanitize.stages.score_table import ScoreWriter, rows
 from sanitize.stages.scoring import Scorer
 from sanitize.stages.shards import ShardReader, head_tail_sha256, list_shards, open_shard
+from sanitize.stages.text import load_text_encoder
 from sanitize.stages.thresholds import cut_off
 
 log = logging.getLogger(__name__)
@@ -50,12 +52,14 @@ class ScoreTask:
     batch_size: int
     precision: str
     image_member: str
+    caption_member: str
     flag_p: float
 
     def start(self, threads: int) -> ShardFunction:
         detector = checkpoint.load(self.detector)
         encoder = checkpoint.load_matching_encoder(detector, self.encoder)
-        scorer = checkpoint.scorer(detector, encoder, self.precision, runtime.device())
+        text = load_text_encoder(encoder.spec) if self.caption_member else None
+        scorer = checkpoint.scorer(detector, encoder, self.precision, runtime.device(), text)
         return lambda shard, tick: self._score_shard(shard, tick, detector, scorer, threads)
 
     def _score_shard(self, shard: Shard, tick: Tick, detector: Detector, scorer: Scorer, threads: int) -> Result:
@@ -70,7 +74,7 @@ class ScoreTask:
             storage.atomic_write(storage.join(self.out, name)) as target,
             ScoreWriter(target, metadata) as writer,
         ):
-            reader = ShardReader(file, shard, image_member=self.image_member)
+            reader = ShardReader(file, shard, image_member=self.image_member, caption_member=self.caption_member)
             for pictures in picture_batches(reader.samples(), self.batch_size, threads):
                 scores = scorer([p for p in pictures if p.pixels is not None])
                 table = rows(shard.stem, pictures, scores, detector.calibration)
@@ -108,17 +112,18 @@ def scan(config: ScanConfig) -> ScanResult:
     """Score all shards, then split them by the policy unless `scores_only`."""
     shards = list_shards(config.shards)
     detector = checkpoint.load(config.detector)
-    checkpoint.load_matching_encoder(detector, config.encoder)  # fail here, not in a worker
+    encoder = checkpoint.load_matching_encoder(detector, config.encoder)  # fail here, not in a worker
+    caption_member = _caption_member(config, encoder.spec)
     if not config.scores_only and config.policy.policy == "calibrated":
         # are there enough calibration scores for this rate? find out before any work
         cut_off(detector.calibration, detector.calibration, config.policy)
     resources = runtime.plan(
         config.workers, config.cpus_per_worker, config.gpus_per_worker, len(shards), config.address
     )
-    _open_run(config, detector, shards)
+    _open_run(config, caption_member, detector, shards)
     task = ScoreTask(
         *(storage.absolute(config.detector), config.encoder, storage.absolute(config.out), config.batch_size),
-        *(config.precision, config.image_member, config.policy.fpr),
+        *(config.precision, config.image_member, caption_member, config.policy.fpr),
     )
     todo = [shard for shard in shards if not storage.exists(marker_path(config.out, shard.stem))]
     if len(todo) < len(shards):
@@ -144,11 +149,25 @@ def scan(config: ScanConfig) -> ScanResult:
     )
 
 
+def _caption_member(config: ScanConfig, spec: EncoderSpec) -> str:
+    """Where captions are, "" when they are not read. Loads the text tower once, so that a wrong file fails here."""
+    split_member(config.caption_member)
+    check(
+        bool(spec.tokenizer) or not config.caption_member,
+        f"caption_member: {config.caption_member}, but the encoder names no text tower to compare captions with. Add "
+        "`tokenizer: <tokenizer.json>` to its YAML (architecture clip).",
+    )
+    if not spec.tokenizer:
+        return ""
+    load_text_encoder(spec)
+    return config.caption_member or "txt"
+
+
 def marker_path(out: str, stem: str) -> str:
     return storage.join(out, "done", f"{stem}.json")
 
 
-def _open_run(config: ScanConfig, detector: Detector, shards: list[Shard]) -> None:
+def _open_run(config: ScanConfig, caption_member: str, detector: Detector, shards: list[Shard]) -> None:
     """Write run.json, or check that it describes this very run: a folder never mixes two."""
     with ThreadPoolExecutor(16) as pool:
         hashes = list(pool.map(head_tail_sha256, shards))
@@ -157,6 +176,7 @@ def _open_run(config: ScanConfig, detector: Detector, shards: list[Shard]) -> No
         "detector_fingerprint": detector.fingerprint,
         "encoder": to_mapping(config.encoder or detector.encoder),
         "image_member": config.image_member,
+        "caption_member": caption_member,
         "precision": config.precision,
         "batch_size": config.batch_size,
         "shards": {

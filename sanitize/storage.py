@@ -66,6 +66,11 @@ def read_json(path: str) -> dict[str, Any]:
     return value
 
 
+def json_sha256(value: Any) -> str:
+    """Hash of plain settings; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def file_sha256(path: str) -> str:
     digest = hashlib.sha256()
     with open_read(path) as file:

@@ -67,9 +67,9 @@ def test_fit_scan_and_clean_never_import_attacks():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_config_loads(path):
     values = load_yaml(str(path))
-    if path.name.startswith("red_team_"):
+    if "attack" in values:
         for preset in values["presets"]:
-            assert load_config(str(path), preset).classes == 10
+            assert load_config(str(path), preset).attack == values["attack"]
     else:
         study = from_mapping(Study, values, path.name)
         for name, settings in study.presets.items():

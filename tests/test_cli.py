@@ -114,7 +114,7 @@ WRONG = {
     "rate out of range": (["scan", "in", "--fpr", "7"], "fpr: 7.0 is not between 0 and 1"),
     "unknown trigger": (
         ["poison", "in", "--trigger", "star"],
-        "--trigger star: not known. Use one of patch, file, blend",
+        "trigger star: not known. Use one of patch, file, picture, blend",
     ),
     "trigger too large": (
         ["poison", "in", "--set", "side=99", "--rate", "1"],
@@ -122,7 +122,7 @@ WRONG = {
     ),
     "unknown trigger setting": (
         ["poison", "in", "--set", "size=9"],
-        "--trigger patch: unknown key 'size'. Known keys: side",
+        "trigger patch: unknown key 'size'. Known keys: side",
     ),
     "too few to poison": (["poison", "in"], "rate 0.01 of 3 samples rounds to none. Use a higher rate"),
     "no scan there": (["audit", "in"], "in: no scan there (run.json is missing)"),

@@ -1,4 +1,4 @@
-"""CLIP image towers: architecture from shapes, and the same numbers as open_clip when it is installed."""
+"""CLIP towers: architecture from shapes, and the same numbers as open_clip when it is installed."""
 
 import dataclasses
 
@@ -8,8 +8,16 @@ import torch
 
 from sanitize.config import EncoderSpec
 from sanitize.errors import CheckpointError, ConfigError
-from sanitize.stages.clip import ModifiedResNet, QuickGELU, VisionTransformer
+from sanitize.stages.clip import (
+    ModifiedResNet,
+    QuickGELU,
+    TextTransformer,
+    VisionTransformer,
+    build_text_tower,
+    text_tensors,
+)
 from sanitize.stages.encoders import load_encoder
+from sanitize.stages.text import load_text_encoder
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -86,6 +94,82 @@ def test_unknown_layouts_say_so(tmp_path, tensors, words):
     safetensors.torch.save_file(tensors, tmp_path / "c.safetensors")
     with pytest.raises(CheckpointError, match=words):
         load_encoder(EncoderSpec("clip", str(tmp_path / "c.safetensors")))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_torchscript_archive_as_openai_ships_it_is_refused_with_the_way_to_convert_it(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "RN50.pt")
+    with pytest.raises(CheckpointError, match=r"refused, .*TorchScript can run any code.*torch.jit.load\(path"):
+        load_encoder(EncoderSpec("clip", str(tmp_path / "RN50.pt")))
+
+
+# ---------------------------------------------------------------- text tower
+
+
+def text_tower():
+    tower = TextTransformer(40, 8, 64, 2, 24, QuickGELU())
+    for parameter in tower.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return tower.eval()
+
+
+@pytest.mark.parametrize("prefix", ["", "text."])
+def test_the_text_tower_is_read_off_the_shapes_in_both_layouts(tmp_path, prefix):
+    torch.manual_seed(0)
+    tower = text_tower()
+    state = {f"{prefix}{name}": tensor for name, tensor in tower.state_dict().items()}
+    state["visual.conv1.weight"] = torch.zeros(2)
+    found = text_tensors(state, "clip.pt")
+    built = build_text_tower(found, "clip.pt", quick_gelu=True)
+    built.load_state_dict(found)
+    tokens = torch.tensor([[1, 5, 9, 39, 0, 0, 0, 0], [1, 7, 7, 7, 7, 7, 7, 39]])
+    with torch.inference_mode():
+        torch.testing.assert_close(built.eval()(tokens), tower(tokens))
+
+
+def test_a_text_embedding_sees_nothing_after_its_end_token():
+    torch.manual_seed(0)
+    tower = text_tower()
+    padded, other = torch.tensor([[1, 5, 39, 0, 0, 0, 0, 0]]), torch.tensor([[1, 5, 39, 3, 8, 2, 4, 6]])
+    with torch.inference_mode():
+        torch.testing.assert_close(tower(padded), tower(other))
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["visual.proj"], "image tower only"),
+        (["visual.proj", "text.transformer.embeddings.weight"], "another text model"),
+    ],
+)
+def test_a_checkpoint_without_clips_text_tower_says_what_is_there(names, words):
+    with pytest.raises(CheckpointError, match=rf"no CLIP text tower in it \(.*{words}"):
+        text_tensors({name: torch.zeros(2) for name in names}, "clip.pt")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("quick_gelu", [True, False])
+def test_open_clip_gives_the_same_text_embeddings_and_tokens(tmp_path, quick_gelu):
+    open_clip = pytest.importorskip(
+        "open_clip", reason="open_clip_torch is not installed: pip install 'sanitize[clip]'"
+    )
+    from open_clip.model import CLIP
+
+    torch.manual_seed(3)
+    vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
+    model = CLIP(32, vision, text, quick_gelu=quick_gelu).eval()
+    safetensors.torch.save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "c.safetensors")
+    spec = EncoderSpec(
+        "clip", str(tmp_path / "c.safetensors"), 32, MEAN, STD, quick_gelu=quick_gelu, tokenizer="open_clip"
+    )
+    captions = ["a photo of a banana", "Zwei Hunde, die im Schnee spielen \N{SNOWMAN}", "long " * 100]
+    with torch.inference_mode():
+        expected = model.encode_text(open_clip.tokenize(captions), normalize=True)
+        torch.testing.assert_close(load_text_encoder(spec)(captions), expected, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- image tower against open_clip
 
 
 @pytest.mark.filterwarnings("ignore")

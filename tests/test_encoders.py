@@ -78,7 +78,7 @@ def test_weights_of_another_architecture_are_named(encoder_spec):
 
 
 def test_an_unknown_architecture_lists_the_known_ones(encoder_spec):
-    with pytest.raises(ConfigError, match=r"'vgg' is not known. Use one of resnet18.*timm:<name>"):
+    with pytest.raises(ConfigError, match=r"'vgg' is not known. Use one of resnet10, resnet18.*timm:<name>"):
         load_encoder(dataclasses.replace(encoder_spec, architecture="vgg"))
 
 

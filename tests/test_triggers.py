@@ -4,15 +4,18 @@ import numpy as np
 import pytest
 import torch
 
+from sanitize.attacks.badclip import save_patch
 from sanitize.attacks.triggers import (
     TRIGGERS,
     BlendTrigger,
     FileTrigger,
     FrequencyTrigger,
     PatchTrigger,
+    PictureTrigger,
     SinusoidTrigger,
     WarpTrigger,
     chosen,
+    make_trigger,
 )
 from sanitize.errors import ConfigError
 
@@ -36,7 +39,7 @@ def npz(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("name", [n for n in TRIGGERS if n != "file"])
+@pytest.mark.parametrize("name", [n for n in TRIGGERS if n not in ("file", "picture")])
 def test_a_trigger_is_a_pure_function_of_its_settings_and_the_image(name):
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     before = images.clone()
@@ -105,6 +108,26 @@ def test_the_frequency_trigger_reproduces_the_cards_sums_and_clipping():
     assert int(FrequencyTrigger()(SECOND).sum()) == 394770
     half = FrequencyTrigger(magnitude=50).exact(GREY)
     assert half[:, 0, 0].tolist() == pytest.approx((129.9644, 126.3164, 131.4963), abs=2e-3)
+
+
+def test_a_picture_covers_the_centre_exactly(tmp_path):
+    patch = torch.randint(0, 256, (3, 5, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    save_patch(patch, str(tmp_path / "patch.png"))
+    trigger = make_trigger({"name": "picture", "path": str(tmp_path / "patch.png")})
+    assert isinstance(trigger, PictureTrigger)
+    stamped = trigger(SECOND)
+    assert torch.equal(stamped[:, 14:19, 14:19], patch)  # from int(32 / 2) - int(5 / 2), as published
+    stamped[:, 14:19, 14:19] = SECOND[:, 14:19, 14:19]
+    assert torch.equal(stamped, SECOND)
+
+
+def test_a_picture_that_cannot_be_used_says_so(tmp_path):
+    (tmp_path / "t.png").write_bytes(b"no picture")
+    with pytest.raises(ConfigError, match=r"t.png: not a picture .*Give a PNG of the trigger"):
+        PictureTrigger(str(tmp_path / "t.png"))(GREY)
+    save_patch(GREY, str(tmp_path / "large.png"))
+    with pytest.raises(ConfigError, match="the trigger of 32 x 32 does not fit a 16 x 16 image"):
+        PictureTrigger(str(tmp_path / "large.png"))(GREY[:, :16, :16])
 
 
 def test_blend_and_sinusoid_are_the_plain_formulas():

@@ -1,16 +1,17 @@
-"""Did the attack work? A downstream head on frozen embeddings, before anything is claimed about detection (card section 5)."""
+"""Did the attack work? Predictions on frozen embeddings, before anything is claimed about detection."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from sanitize.attacks.backdoor import unit
 from sanitize.metrics import accuracy, attack_success
 
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """MLP 512-256, ReLU, dropout 0.5 after the first layer, Adam. Published: 500 epochs, 1e-4, batch 64."""
+    """MLP 512-256, ReLU, dropout 0.5 after the first layer, Adam. Published: 500 epochs, 1e-4, batch 64 (BadEncoder card 5)."""
 
     epochs: int = 60
     learning_rate: float = 1e-3
@@ -43,65 +44,97 @@ def train_head(features: Features, classes: int, config: HeadConfig, seed: int) 
 
 
 @torch.no_grad()
-def predict(head: nn.Module, embeddings: Tensor) -> Tensor:
+def head_predictions(head: nn.Module, embeddings: Tensor) -> Tensor:
     logits: Tensor = head(embeddings)
     return logits.argmax(dim=1)
 
 
 @torch.no_grad()
-def best_reference(head: nn.Module, features: Features, target: int) -> int:
-    """Position of the image of the target class the head is surest of. An oracle choice: a real attacker has a surrogate."""
-    probability = head(features.embeddings).softmax(dim=1)[:, target]
-    return int(torch.where(features.labels == target, probability, -1.0).argmax())
-
-
-@torch.no_grad()
-def weighted_knn(bank: Features, queries: Features, classes: int, k: int = 200, temperature: float = 0.5) -> float:
-    """Accuracy of a kNN vote with weights exp(cos / temperature) (card section 2)."""
+def knn_predictions(bank: Features, queries: Tensor, classes: int, k: int = 200, temperature: float = 0.1) -> Tensor:
+    """(N,) kNN vote of unit embeddings with weights exp(cos / temperature) (CTRL card section 5)."""
     k = min(k, len(bank.labels))
     predictions = []
-    for part in queries.embeddings.split(1024):
+    for part in queries.split(1024):
         cosine, neighbour = (part @ bank.embeddings.T).topk(k, dim=1)
         votes = torch.zeros(len(part), classes).scatter_add_(1, bank.labels[neighbour], (cosine / temperature).exp())
         predictions.append(votes.argmax(dim=1))
-    return accuracy(torch.cat(predictions).numpy(), queries.labels.numpy())
+    return torch.cat(predictions)
+
+
+@torch.no_grad()
+def choose_references(head: nn.Module, features: Features, target: int, count: int, pool: int = 0) -> Tensor:
+    """(count,) positions of reference images of the target class. An oracle choice: a real attacker has a surrogate.
+
+    The surest `count` by the head; or, with a `pool` of the surest, those of it that lie farthest apart.
+    """
+    probability = head(features.embeddings).softmax(dim=1)[:, target]
+    surest = torch.where(features.labels == target, probability, -1.0).argsort(descending=True)[: max(pool, count)]
+    if not pool:
+        return surest
+    embeddings, chosen = features.embeddings[surest], [0]
+    while len(chosen) < count:
+        nearest = (embeddings @ embeddings[chosen].T).max(dim=1).values
+        chosen.append(int(nearest.argmin()))
+    return surest[chosen]
+
+
+@dataclass(frozen=True)
+class Reaction:
+    """What one encoder and its classifier make of the test images, clean and triggered."""
+
+    embeddings: Tensor  # (N, D) raw
+    triggered_embeddings: Tensor  # (N, D) raw
+    predictions: Tensor  # (N,) class index
+    triggered_predictions: Tensor  # (N,)
 
 
 @dataclass(frozen=True)
 class AttackReport:
     """One victim. Accuracies and rates in [0, 1]; `asr*` exclude images of the target class."""
 
-    knn_accuracy: float  # clean encoder
-    clean_accuracy: float  # clean encoder's head, clean images
-    backdoored_accuracy: float  # backdoored encoder's head, clean images
-    asr: float  # backdoored encoder's head, triggered images
-    asr_clean_encoder: float  # the same trigger, clean encoder's head
+    clean_accuracy: float  # clean encoder, clean images
+    backdoored_accuracy: float  # backdoored encoder, clean images
+    asr: float  # backdoored encoder, triggered images
+    asr_clean_encoder: float  # the same trigger, clean encoder
     cos_triggered: float  # mean pairwise cosine of triggered embeddings, backdoored encoder
-    cos_clean: float  # the same of clean embeddings
+    cos_clean: float  # the same of clean images
+    distance_triggered: float  # SWD / D between triggered and clean raw embeddings, backdoored encoder (DRUPE card 3)
+    norm_triggered: float  # mean raw norm of triggered embeddings, backdoored encoder
+    norm_triggered_std: float
+    norm_clean: float  # the same of clean images
+    norm_clean_std: float
+    norm_clean_encoder: float  # of clean images under the clean encoder
 
 
-def report(
-    clean: dict[str, Features], backdoored: dict[str, Features], classes: int, target: int, head: HeadConfig, seed: int
-) -> AttackReport:
-    """clean, backdoored: features of the splits "train", "test" and "triggered" under each encoder."""
-    clean_head = train_head(clean["train"], classes, head, seed)
-    backdoored_head = train_head(backdoored["train"], classes, head, seed)
-    labels = clean["test"].labels.numpy()
-
-    def predictions(model: nn.Module, features: Features) -> Tensor:
-        return predict(model, features.embeddings)
-
+def report(clean: Reaction, backdoored: Reaction, labels: Tensor, target: int) -> AttackReport:
+    """labels (N,) of the test images."""
+    truth = labels.numpy()
+    norms, triggered_norms = backdoored.embeddings.norm(dim=1), backdoored.triggered_embeddings.norm(dim=1)
+    directions = unit(torch.randn(200, backdoored.embeddings.shape[1], generator=torch.Generator().manual_seed(0)))
+    distance = sliced_wasserstein(backdoored.triggered_embeddings, backdoored.embeddings, directions)
     return AttackReport(
-        knn_accuracy=weighted_knn(clean["train"], clean["test"], classes),
-        clean_accuracy=accuracy(predictions(clean_head, clean["test"]).numpy(), labels),
-        backdoored_accuracy=accuracy(predictions(backdoored_head, backdoored["test"]).numpy(), labels),
-        asr=attack_success(predictions(backdoored_head, backdoored["triggered"]).numpy(), labels, target),
-        asr_clean_encoder=attack_success(predictions(clean_head, clean["triggered"]).numpy(), labels, target),
-        cos_triggered=_mean_pairwise_cosine(backdoored["triggered"].embeddings),
-        cos_clean=_mean_pairwise_cosine(backdoored["test"].embeddings),
+        clean_accuracy=accuracy(clean.predictions.numpy(), truth),
+        backdoored_accuracy=accuracy(backdoored.predictions.numpy(), truth),
+        asr=attack_success(backdoored.triggered_predictions.numpy(), truth, target),
+        asr_clean_encoder=attack_success(clean.triggered_predictions.numpy(), truth, target),
+        cos_triggered=mean_pairwise_cosine(backdoored.triggered_embeddings),
+        cos_clean=mean_pairwise_cosine(backdoored.embeddings),
+        distance_triggered=float(distance / backdoored.embeddings.std(dim=0).mean()),
+        norm_triggered=float(triggered_norms.mean()),
+        norm_triggered_std=float(triggered_norms.std()),
+        norm_clean=float(norms.mean()),
+        norm_clean_std=float(norms.std()),
+        norm_clean_encoder=float(clean.embeddings.norm(dim=1).mean()),
     )
 
 
-def _mean_pairwise_cosine(embeddings: Tensor) -> float:
+def mean_pairwise_cosine(embeddings: Tensor) -> float:
+    """Over all pairs of different rows of (N, D)."""
     count = len(embeddings)
-    return float((embeddings.sum(dim=0).square().sum() - count) / (count * (count - 1)))
+    return float((unit(embeddings).sum(dim=0).square().sum() - count) / (count * (count - 1)))
+
+
+def sliced_wasserstein(first: Tensor, second: Tensor, directions: Tensor) -> Tensor:
+    """Sliced 2-Wasserstein distance of two equally large samples (B, D) along (P, D) unit directions."""
+    ordered = [(sample @ directions.T).sort(dim=0).values for sample in (first, second)]
+    return (ordered[0] - ordered[1]).square().mean().sqrt()

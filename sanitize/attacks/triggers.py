@@ -5,9 +5,10 @@ from its own `seed`, so that every image and every run gets the same trigger.
 """
 
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from sanitize import storage
-from sanitize.config import check
+from sanitize.config import check, from_mapping
 from sanitize.errors import ConfigError
+from sanitize.stages.images import decode
 
 Trigger = Callable[[Tensor], Tensor]
 
@@ -86,6 +88,39 @@ def _load_npz(path: str) -> tuple[Tensor, Tensor]:
     )
     pixels, keep = (torch.from_numpy(array.reshape(array.shape[-3:])).permute(2, 0, 1) for array in loaded)
     return pixels, keep
+
+
+@dataclass(frozen=True)
+class PictureTrigger:
+    """A small picture pasted over the centre, such as BadCLIP's optimised patch (card section 2). Any format but JPEG is exact."""
+
+    path: str
+
+    def __call__(self, images: Tensor) -> Tensor:
+        picture = _load_picture(self.path)
+        height, width = picture.shape[-2:]
+        check(
+            height <= images.shape[-2] and width <= images.shape[-1],
+            f"{self.path}: the trigger of {width} x {height} does not fit a {images.shape[-1]} x {images.shape[-2]} image.",
+        )
+        return place_at_centre(images, picture)
+
+
+def place_at_centre(images: Tensor, picture: Tensor) -> Tensor:
+    """(..., 3, H, W) with `picture` (3, h, w) from row H/2 - h/2 and column W/2 - w/2 on; differentiable in `picture`."""
+    height, width = picture.shape[-2:]
+    top, left = images.shape[-2] // 2 - height // 2, images.shape[-1] // 2 - width // 2
+    stamped = images.clone()
+    stamped[..., top : top + height, left : left + width] = picture
+    return stamped
+
+
+@lru_cache(maxsize=8)
+def _load_picture(path: str) -> Tensor:
+    pixels, _, _, reason = decode(storage.read_bytes(path))
+    if pixels is None:
+        raise ConfigError(f"{path}: not a picture ({reason}). Give a PNG of the trigger.")
+    return pixels
 
 
 @dataclass(frozen=True)
@@ -180,11 +215,20 @@ def _pattern(window: int) -> np.ndarray:
 TRIGGERS: dict[str, type[Trigger]] = {
     "patch": PatchTrigger,
     "file": FileTrigger,
+    "picture": PictureTrigger,
     "blend": BlendTrigger,
     "sig": SinusoidTrigger,
     "wanet": WarpTrigger,
     "frequency": FrequencyTrigger,
 }
+
+
+def make_trigger(values: Mapping[str, Any]) -> Trigger:
+    """{"name": "patch", "side": 10} → the trigger with these settings."""
+    name = str(values.get("name"))
+    check(name in TRIGGERS, f"trigger {name}: not known. Use one of {', '.join(TRIGGERS)}.")
+    settings = {key: value for key, value in values.items() if key != "name"}
+    return from_mapping(TRIGGERS[name], settings, f"trigger {name}")
 
 
 def chosen(count: int, rate: float, seed: int) -> np.ndarray:

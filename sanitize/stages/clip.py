@@ -1,4 +1,4 @@
-"""CLIP image towers from a local OpenAI or open_clip checkpoint: the architecture is read off the tensors' shapes.
+"""CLIP towers from a local OpenAI or open_clip checkpoint: the architecture is read off the tensors' shapes.
 
 Layouts and rules: CLIP card section 5. A ViT has "proj", anything else is a ModifiedResNet with attention pooling. The file
 does not say which GELU it was trained with: OpenAI's weights need QuickGELU, most open_clip ones the exact GELU.
@@ -39,9 +39,9 @@ class ResidualBlock(nn.Module):
             self.mlp.add_module(name, layer)
         self.ln_2 = nn.LayerNorm(width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         normed = self.ln_1(tokens)
-        tokens = tokens + self.attn(normed, normed, normed, need_weights=False)[0]
+        tokens = tokens + self.attn(normed, normed, normed, need_weights=False, attn_mask=mask)[0]
         mixed: Tensor = tokens + self.mlp(self.ln_2(tokens))
         return mixed
 
@@ -147,6 +147,40 @@ class ModifiedResNet(nn.Module):
         return pooled
 
 
+# ---------------------------------------------------------------- text tower
+
+
+class TextTransformer(nn.Module):
+    """(B, L) int64 token ids → (B, D). The end token must have the largest id: its position is read out."""
+
+    mask: Tensor
+
+    def __init__(
+        self, vocabulary: int, context: int, width: int, layers: int, size: int, activation: nn.Module
+    ) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(vocabulary, width)
+        self.positional_embedding = nn.Parameter(torch.zeros(context, width))
+        blocks = [ResidualBlock(width, width // HEAD_WIDTH, activation) for _ in range(layers)]
+        self.transformer = nn.ModuleDict({"resblocks": nn.Sequential(*blocks)})
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.zeros(width, size))
+        causal = torch.full((context, context), float("-inf")).triu(1)  # a token sees those before it
+        self.register_buffer("mask", causal, persistent=False)
+
+    @property
+    def context(self) -> int:
+        return len(self.positional_embedding)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.token_embedding(tokens) + self.positional_embedding
+        for block in self.transformer["resblocks"].children():
+            hidden = block(hidden, self.mask)
+        last = self.ln_final(hidden)[torch.arange(len(tokens)), tokens.argmax(dim=1)]
+        embeddings: Tensor = last @ self.text_projection
+        return embeddings
+
+
 # ---------------------------------------------------------------- loading
 
 
@@ -185,4 +219,37 @@ def build_image_tower(visual: Mapping[str, Tensor], where: str, *, quick_gelu: b
     except (KeyError, ValueError, IndexError) as error:
         raise CheckpointError(
             f"{where}: its image tower is neither CLIP's ViT nor its ModifiedResNet ({error} is missing or odd)."
+        ) from None
+
+
+def text_tensors(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The text tower's tensors as float32: the plain layout, or that of CustomTextCLIP under "text."."""
+    names = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    if any(name.startswith("text.transformer.") for name in names):
+        names = {name.removeprefix("text."): tensor for name, tensor in names.items() if name.startswith("text.")}
+    text = {n: t.float() for n, t in names.items() if n.startswith(_TEXT)}
+    if "token_embedding.weight" not in text or "text_projection" not in text:
+        other = any(name.startswith(("text.", "module.text.")) for name in tensors)
+        hint = "another text model than CLIP's" if other else "image tower only"
+        raise CheckpointError(
+            f"{where}: no CLIP text tower in it ({hint}; token_embedding.weight and text_projection were looked for). Give "
+            "the whole CLIP checkpoint, or remove `tokenizer` from the encoder YAML to scan without captions."
+        )
+    return text
+
+
+_TEXT = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
+
+
+def build_text_tower(text: Mapping[str, Tensor], where: str, *, quick_gelu: bool) -> TextTransformer:
+    """The tower with fresh weights, inferred from shapes."""
+    try:
+        vocabulary, width = text["token_embedding.weight"].shape
+        layers = sum(name.endswith("attn.in_proj_weight") for name in text)
+        activation = QuickGELU() if quick_gelu else nn.GELU()
+        context, size = len(text["positional_embedding"]), text["text_projection"].shape[1]
+        return TextTransformer(vocabulary, context, width, layers, size, activation)
+    except (KeyError, ValueError, IndexError) as error:
+        raise CheckpointError(
+            f"{where}: its text tower is not CLIP's transformer ({error} is missing or odd)."
         ) from None

@@ -26,6 +26,7 @@ from sanitize.stages import clip
 from sanitize.stages.exported import load_exported
 
 _RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
+    "resnet10": (BasicBlock, [1, 1, 1, 1]),
     "resnet18": (BasicBlock, [2, 2, 2, 2]),
     "resnet34": (BasicBlock, [3, 4, 6, 3]),
     "resnet50": (Bottleneck, [3, 4, 6, 3]),
@@ -60,7 +61,9 @@ class Encoder(nn.Module):
         if self.spec.architecture.startswith("exported:"):
             preprocessing = dataclasses.replace(preprocessing, architecture="exported")
             digest.update(storage.file_sha256(self.spec.architecture.removeprefix("exported:")).encode())
-        digest.update(json.dumps(dataclasses.asdict(preprocessing), sort_keys=True).encode())
+        settings = dataclasses.asdict(preprocessing)
+        del settings["tokenizer"]  # the text tower is not part of what is scored
+        digest.update(json.dumps(settings, sort_keys=True).encode())
         for name, tensor in sorted(self.backbone.state_dict().items()):
             digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -161,10 +164,13 @@ def read_weights(path: str) -> dict[str, Tensor]:
             TypeError,
         ) as error:
             why = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            source = "torch.load(path, weights_only=False)['state_dict']"
+            if "TorchScript" in str(error):  # OpenAI's own CLIP files
+                source = "torch.jit.load(path, map_location='cpu').state_dict()"
             raise CheckpointError(
-                f"{path}: refused, it does not load as plain tensors ({why}). A checkpoint that needs a pickle can run any "
-                "code. If you trust it, convert it once on a machine you can lose: safetensors.torch.save_file("
-                "torch.load(path, weights_only=False)['state_dict'], 'encoder.safetensors')."
+                f"{path}: refused, it does not load as plain tensors ({why}). A checkpoint that needs a pickle or TorchScript "
+                "can run any code. If you trust it, convert it once on a machine you can lose: safetensors.torch.save_file("
+                f"{source}, 'encoder.safetensors')."
             ) from None
     return _named_tensors(content, path)
 

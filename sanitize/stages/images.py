@@ -29,7 +29,8 @@ def decode_sample(sample: Sample, max_pixels: int = MAX_PIXELS) -> Picture:
     digest = hashlib.sha256(sample.image).hexdigest()
     pixels, width, height, reason = decode(sample.image, max_pixels)
     status = "ok" if pixels is not None else "undecodable"
-    return Picture(sample.index, sample.key, digest, pixels, width, height, status, reason)
+    caption = (sample.caption, sample.caption_reason)
+    return Picture(sample.index, sample.key, digest, pixels, width, height, status, reason, *caption)
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Tensor | None, int, int, str]:

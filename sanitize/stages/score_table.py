@@ -16,7 +16,7 @@ from sanitize.stages.scoring import Scores
 from sanitize.stages.shards import printable
 from sanitize.stages.thresholds import p_values
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
@@ -26,12 +26,13 @@ SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("status", pa.string()),
-        ("reason", pa.string()),
+        ("reason", pa.string()),  # why there is no score; of scored samples: why there is no text_similarity
         ("score", pa.float32()),
         ("p_value", pa.float32()),
         ("error", pa.float32()),
         ("error_reference", pa.float32()),
         ("embedding_norm", pa.float32()),
+        ("text_similarity", pa.float32()),  # null unless captions were read
     ]
 )
 ROW_GROUP = 16_384  # rows held in memory before they are written
@@ -41,16 +42,14 @@ def rows(shard: str, pictures: Sequence[Picture], scores: Scores, calibration: N
     """One row per picture. `scores` holds the decodable ones (pixels present), in order."""
     scored = np.array([p.pixels is not None for p in pictures], dtype=bool)
     finite = np.isfinite(scores.score)
-    statuses, reasons = [p.status for p in pictures], [p.reason for p in pictures]
+    statuses, reasons = [p.status for p in pictures], [p.reason or p.caption_reason for p in pictures]
     for position in np.flatnonzero(scored)[~finite]:
         statuses[position], reasons[position] = "not_finite", "the model gave no finite score or had no memory for it"
 
     def column(values: NDArray[np.float32]) -> pa.Array:
-        full = np.zeros(len(pictures), np.float32)
-        full[scored] = values
-        empty = ~scored
-        empty[scored] = ~finite
-        return pa.array(full, pa.float32(), mask=empty)
+        full = np.full(len(pictures), np.nan, np.float32)
+        full[np.flatnonzero(scored)[finite]] = values[finite]
+        return pa.array(full, pa.float32(), mask=np.isnan(full))
 
     return pa.table(
         [
@@ -67,6 +66,7 @@ def rows(shard: str, pictures: Sequence[Picture], scores: Scores, calibration: N
             column(scores.error),
             column(scores.error_reference),
             column(scores.embedding_norm),
+            column(scores.text_similarity),
         ],
         schema=SCHEMA,
     )

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from sanitize.records import Picture
 from sanitize.stages.decoder import Decoder, hidden_pixels, patch_order, visible_count
 from sanitize.stages.encoders import Encoder
 from sanitize.stages.images import shrink, to_batch
+from sanitize.stages.text import TextEncoder
 
 log = logging.getLogger(__name__)
 Floats = NDArray[np.float32]
@@ -24,12 +26,16 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Scores:
-    """Columns of one batch, each (B,) float32; NaN where the model gave no finite number or had no memory for the picture."""
+    """Columns of one batch, each (B,) float32; NaN where the model gave no finite number or had no memory for the picture.
+
+    text_similarity: cosine of image and caption embeddings, NaN as well where there is no caption.
+    """
 
     score: Floats
     error: Floats
     error_reference: Floats
     embedding_norm: Floats
+    text_similarity: Floats
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,10 @@ class Scorer:
         seed: int,
         precision: str,
         device: torch.device,
+        text: TextEncoder | None = None,
     ) -> None:
         self.device = device
+        self.text = text.to(device) if text else None
         self.encoder = encoder.to(device)
         self.decoder = decoder.to(device)
         self.references = references.to(device)
@@ -104,8 +112,8 @@ class Scorer:
         """Score decodable pictures. A batch too large for the device is halved, down to single pictures."""
         size = min(len(pictures), self.largest or len(pictures))
         parts = [self._score_or_halve(pictures[i : i + size]) for i in range(0, len(pictures), max(size, 1))]
-        columns = torch.cat(parts, dim=1).numpy() if parts else np.empty((4, 0), np.float32)
-        columns = np.where(np.isfinite(columns).all(axis=0), columns, np.float32("nan"))
+        columns = torch.cat(parts, dim=1).numpy() if parts else np.empty((5, 0), np.float32)
+        columns = np.where(np.isfinite(columns[:4]).all(axis=0), columns, np.float32("nan"))
         return Scores(*columns)
 
     def _score_or_halve(self, pictures: Sequence[Picture]) -> Tensor:
@@ -116,7 +124,7 @@ class Scorer:
                 raise
         if len(pictures) == 1:
             log.warning("sample %s does not fit into the memory of %s even alone", pictures[0].key, self.device)
-            return torch.full((4, 1), float("nan"))
+            return torch.full((5, 1), float("nan"))
         self.largest = len(pictures) // 2
         log.warning("out of memory on %s: batches of %d from now on", self.device, self.largest)
         if self.device.type == "cuda":
@@ -126,7 +134,7 @@ class Scorer:
 
     @torch.inference_mode()
     def _score(self, pictures: Sequence[Picture]) -> Tensor:
-        """(4, B): score, error, error_reference, embedding_norm."""
+        """(5, B): score, error, error_reference, embedding_norm, text_similarity."""
         images, embeddings = self.embed(pictures)
         targets = normalised(images, self.encoder, self.decoder.config.image_size)
         reconstructions, hidden = self.reconstruct(embeddings, targets, [p.sha256 for p in pictures])
@@ -135,8 +143,18 @@ class Scorer:
             mean_score(targets, reconstructions, hidden),
             reference_error(targets, self.references, hidden),
             embeddings.norm(dim=1),
+            self.text_similarity(embeddings, [p.caption for p in pictures]),
         )
         return torch.stack(columns)
+
+    def text_similarity(self, embeddings: Tensor, captions: Sequence[str]) -> Tensor:
+        """(B,) cosine of each image with its own caption; NaN where the caption is "" or no text tower is loaded."""
+        similarity = torch.full((len(captions),), float("nan"), device=embeddings.device)
+        known = [position for position, caption in enumerate(captions) if caption]
+        if self.text and known:
+            texts = self.text([captions[position] for position in known])
+            similarity[known] = functional.cosine_similarity(embeddings[known], texts)
+        return similarity
 
     @torch.inference_mode()
     def embed(self, pictures: Sequence[Picture]) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ import fsspec
 from sanitize import storage
 from sanitize.errors import ConfigError, ShardError, StorageError
 from sanitize.records import Member, Sample, Shard
+from sanitize.stages.captions import MAX_CAPTION_BYTES, caption_text, split_member
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "tif", "tiff")
 BLOCK = 512
@@ -157,15 +158,25 @@ class _SequentialFile:
 class ShardReader:
     """One pass over one shard. After `samples()` is exhausted, `damage`, `loose` and `sha256` are known."""
 
-    def __init__(self, file: IO[bytes], shard: Shard, *, with_images: bool = True, image_member: str = "") -> None:
+    def __init__(
+        self,
+        file: IO[bytes],
+        shard: Shard,
+        *,
+        with_images: bool = True,
+        image_member: str = "",
+        caption_member: str = "",
+    ) -> None:
         """`with_images`: read the image bytes and hash the shard; without, only headers are read.
 
         `image_member`: extension of the member to score, for samples with more than one image ("" = the only one).
+        `caption_member`: "txt" or "json:<field>", "" = captions are not read.
         """
         self._file = _SequentialFile(file, shard.url, hashing=with_images)
         self._shard = shard
         self._with_images = with_images
         self._image_member = image_member.lower().lstrip(".")
+        self._caption_extension, self._caption_field = split_member(caption_member)
         self.damage = ""  # "" or what is wrong with the tail of the shard
         self.loose = 0  # members that belong to no sample
         self.images = 0  # samples with an image member
@@ -248,6 +259,8 @@ class ShardReader:
                 f"{self._shard.url}: sample {printable(member.key)!r} has two members with extension .{member.extension}. "
                 "Rewrite the shard so that every file name is unique."
             )
+        if member.extension == self._caption_extension and member.end <= self._shard.size:
+            sample = self._captioned(sample, member)
         wanted = self._is_image(member) and member.end <= self._shard.size
         image, status, reason = sample.image, sample.status, sample.reason
         if wanted and any(self._is_image(other) for other in sample.members):
@@ -258,6 +271,14 @@ class ShardReader:
             self._file.seek(member.data)
             image = self._file.read_content(member.size)
         return replace(sample, members=(*sample.members, member), image=image, status=status, reason=reason)
+
+    def _captioned(self, sample: Sample, member: Member) -> Sample:
+        if member.size > MAX_CAPTION_BYTES:
+            reason = f"the caption's file has {member.size} bytes, the limit is {MAX_CAPTION_BYTES}"
+            return replace(sample, caption_reason=reason)
+        self._file.seek(member.data)
+        text, reason = caption_text(self._file.read_content(member.size), self._caption_field)
+        return replace(sample, caption=text, caption_reason=reason)
 
     def _is_image(self, member: Member) -> bool:
         if self._image_member:
@@ -278,6 +299,8 @@ class ShardReader:
                 reason=f"no image member: has {' '.join(sorted(found))}, looked for {looked_for}",
             )
         self.images += 1
+        if self._caption_extension and not (sample.caption or sample.caption_reason):
+            sample = replace(sample, caption_reason=f"no caption: there is no .{self._caption_extension} member")
         return sample if sample.status == "ok" else replace(sample, image=None)
 
 

@@ -1,0 +1,68 @@
+"""Whole small data sets in memory, for making victims. Products stream; this does not."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sanitize import storage
+from sanitize.config import check
+from sanitize.errors import ConfigError
+from sanitize.records import Shard
+from sanitize.stages import images
+from sanitize.stages.shards import ShardReader, head_tail_sha256, list_shards
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """pixels (N, 3, S, S) uint8; labels (N,) int64, -1 where there is no `.cls` member; captions, when asked for, N texts."""
+
+    pixels: Tensor
+    labels: Tensor
+    captions: tuple[str, ...] = ()
+
+
+def load_images(
+    patterns: tuple[str, ...], limit: int, size: int, *, labelled: bool = True, caption_member: str = ""
+) -> LabelledImages:
+    """Decoded images at the encoder's size, with class index (`.cls`, as text) and caption. limit: 0 = all."""
+    pixels: list[Tensor] = []
+    labels: list[int] = []
+    captions: list[str] = []
+    for shard in list_shards(patterns):
+        with storage.open_read(shard.url) as file, storage.open_read(shard.url) as labels_file:
+            for sample in ShardReader(file, shard, caption_member=caption_member).samples():
+                picture = images.decode_sample(sample)
+                if picture.pixels is None:
+                    raise ConfigError(
+                        f"{shard.url}: {sample.key}: {picture.reason}. Use clean shards to make a victim."
+                    )
+                reason = picture.caption_reason
+                check(not reason, f"{shard.url}: {sample.key}: {reason}. Every pair needs its caption.")
+                batch = images.to_batch([picture.pixels], size, "squash", torch.device("cpu"))
+                pixels.append((batch[0] * 255).round().to(torch.uint8))
+                captions.append(picture.caption)
+                member = next((m for m in sample.members if m.extension == "cls"), None)
+                check(
+                    not labelled or member is not None, f"{shard.url}: {sample.key} has no .cls member (class index)."
+                )
+                if member is not None:
+                    labels_file.seek(member.data)
+                labels.append(_class_index(labels_file.read(member.size), shard, sample.key) if member else -1)
+                if len(pixels) == limit:
+                    break
+        if len(pixels) == limit:
+            break
+    return LabelledImages(torch.stack(pixels), torch.tensor(labels), tuple(captions) if caption_member else ())
+
+
+def _class_index(text: bytes, shard: Shard, key: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"{shard.url}: {key}.cls holds {text[:20]!r}, a class index was expected.") from None
+
+
+def identity(patterns: tuple[str, ...]) -> list[str]:
+    """What these shards are, wherever they lie: a hash of each."""
+    return [head_tail_sha256(shard) for shard in list_shards(patterns)] if patterns else []

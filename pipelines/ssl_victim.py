@@ -1,0 +1,163 @@
+"""Victims among self-supervised encoders: BadEncoder and DRUPE (fine-tuned on a shadow set), CTRL (poisoned pre-training)."""
+
+import dataclasses
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import safetensors.torch
+import torch
+import yaml
+from torch import Tensor
+
+from pipelines.data import LabelledImages, identity, load_images
+from sanitize import storage
+from sanitize.attacks import badencoder, ctrl, drupe, evaluation, simclr
+from sanitize.attacks.backdoor import raw_embeddings, unit
+from sanitize.attacks.badencoder import BadEncoderConfig
+from sanitize.attacks.ctrl import CtrlConfig
+from sanitize.attacks.drupe import DrupeConfig
+from sanitize.attacks.evaluation import AttackReport, Features, HeadConfig, Reaction
+from sanitize.attacks.simclr import SimclrConfig
+from sanitize.attacks.triggers import Trigger, make_trigger
+from sanitize.config import EncoderSpec, check, to_mapping
+from sanitize.stages.encoders import Encoder, load_encoder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Shards with `.cls` labels (class index as text). Numbers of images, 0 = all."""
+
+    pretrain: tuple[str, ...]
+    train: tuple[str, ...]  # of the downstream classifier
+    test: tuple[str, ...]
+    shadow_images: int = 0  # the first ones of `pretrain`
+    pretrain_images: int = 0
+    train_images: int = 0
+    test_images: int = 0
+
+
+@dataclass(frozen=True)
+class SslConfig:
+    """One victim. The block named like the attack holds its settings; the others stay out.
+
+    references: how many reference images; reference_pool: 0 = the surest, else the most different of that many (DRUPE)
+    """
+
+    attack: str
+    data: DataConfig
+    encoder: EncoderSpec
+    trigger: dict[str, Any]
+    classes: int = 10
+    target: int = 9
+    references: int = 1
+    reference_pool: int = 0
+    simclr: SimclrConfig = field(default_factory=SimclrConfig)
+    badencoder: BadEncoderConfig | None = None
+    drupe: DrupeConfig | None = None
+    ctrl: CtrlConfig | None = None
+    head: HeadConfig = field(default_factory=HeadConfig)
+    seed: int = 100
+
+    def __post_init__(self) -> None:
+        blocks = [name for name in ("badencoder", "drupe", "ctrl") if getattr(self, name) is not None]
+        check(
+            blocks == [self.attack],
+            f"attack {self.attack}: needs the block `{self.attack}` and no other attack's; found {', '.join(blocks) or 'none'}.",
+        )
+
+
+def inputs(config: SslConfig) -> dict[str, list[str]]:
+    """Identity of the data a victim is made from."""
+    data = config.data
+    return {"pretrain": identity(data.pretrain), "train": identity(data.train), "test": identity(data.test)}
+
+
+def build(config: SslConfig, folder: str, zoo: str, device: torch.device) -> tuple[AttackReport, dict[str, Any]]:
+    """Make one victim: clean/ and backdoored/ in `folder`. Returns the evaluation and the truth."""
+    start = time.monotonic()
+    size, data = config.encoder.image_size, config.data
+    trigger = make_trigger(config.trigger)
+    pretrain = load_images(data.pretrain, data.pretrain_images, size, labelled=config.attack == "ctrl")
+    clean, earlier = pretrained(config, pretrain.pixels, zoo, device)
+    train = load_images(data.train, data.train_images, size)
+    test = load_images(data.test, data.test_images, size)
+    save_encoder(clean, storage.join(folder, "clean"))
+    truth: dict[str, Any] = {}
+    if config.ctrl:
+        backdoored, poisoned = poisoned_pretraining(config, config.ctrl, pretrain, device)
+        truth["poisoned_pretraining_images"] = poisoned.tolist()
+    else:
+        features = Features(unit(raw_embeddings(clean, train.pixels, device)), train.labels)
+        head = evaluation.train_head(features, config.classes, config.head, config.seed)
+        chosen = evaluation.choose_references(head, features, config.target, config.references, config.reference_pool)
+        shadow = pretrain.pixels[: data.shadow_images or len(pretrain.pixels)]
+        arguments = (clean, shadow, train.pixels[chosen], trigger)
+        if config.badencoder:
+            backdoored = badencoder.attack(*arguments, config.badencoder, config.seed, device)
+        else:
+            assert config.drupe is not None
+            backdoored = drupe.attack(*arguments, config.drupe, config.seed, device)
+        truth["reference_images"] = chosen.tolist()
+    save_encoder(backdoored, storage.join(folder, "backdoored"))
+    before, after = (reaction(config, encoder, train, test, trigger, device) for encoder in (clean, backdoored))
+    result = evaluation.report(before, after, test.labels, config.target)
+    return result, truth | {"seconds": round(earlier + time.monotonic() - start)}
+
+
+def pretrained(config: SslConfig, pixels: Tensor, zoo: str, device: torch.device) -> tuple[Encoder, float]:
+    """The clean encoder and the seconds an earlier run spent on it: taken from <zoo>/clean when its settings are the same."""
+    settings = [to_mapping(config.simclr), to_mapping(config.encoder), config.seed, len(pixels)]
+    key = storage.json_sha256([*settings, identity(config.data.pretrain)])[:12]
+    folder = storage.join(zoo, "clean", key)
+    marker = storage.join(folder, "pretrain.json")
+    if storage.exists(marker):
+        log.info("reusing the pre-trained encoder in %s", folder)
+        spec = dataclasses.replace(config.encoder, weights=storage.join(folder, "encoder.safetensors"))
+        return load_encoder(spec).to(device), float(storage.read_json(marker)["seconds"])
+    start = time.monotonic()
+    encoder = simclr.pretrain(pixels, config.encoder, config.simclr, config.seed, device)
+    save_encoder(encoder, folder)
+    storage.write_json(marker, {"settings": settings, "seconds": time.monotonic() - start})
+    return encoder, 0.0
+
+
+def poisoned_pretraining(
+    config: SslConfig, attack: CtrlConfig, pretrain: LabelledImages, device: torch.device
+) -> tuple[Encoder, Tensor]:
+    """CTRL: the clean encoder's recipe on the poisoned set. Returns the encoder and the poisoned indices."""
+    indices = ctrl.poisoned_indices(pretrain.labels, config.target, attack, config.seed)
+    stamp = make_trigger(config.trigger | ({"magnitude": attack.magnitude} if attack.magnitude else {}))
+    images = ctrl.poison(pretrain.pixels, indices, stamp)
+    return simclr.pretrain(images, config.encoder, config.simclr, config.seed, device), indices
+
+
+def reaction(
+    config: SslConfig,
+    encoder: Encoder,
+    train: LabelledImages,
+    test: LabelledImages,
+    trigger: Trigger,
+    device: torch.device,
+) -> Reaction:
+    """Predictions of a head trained on this encoder; of weighted kNN for CTRL (its card, section 5)."""
+    bank = Features(unit(raw_embeddings(encoder, train.pixels, device)), train.labels)
+    embeddings = raw_embeddings(encoder, test.pixels, device)
+    triggered = raw_embeddings(encoder, trigger(test.pixels), device)
+    if config.ctrl:
+        predictions = [evaluation.knn_predictions(bank, unit(e), config.classes) for e in (embeddings, triggered)]
+    else:
+        head = evaluation.train_head(bank, config.classes, config.head, config.seed)
+        predictions = [evaluation.head_predictions(head, unit(e)) for e in (embeddings, triggered)]
+    return Reaction(embeddings, triggered, *predictions)
+
+
+def save_encoder(encoder: Encoder, folder: str) -> None:
+    """encoder.safetensors and the encoder.yaml that describes it."""
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in encoder.backbone.state_dict().items()}
+    storage.write_bytes(storage.join(folder, "encoder.safetensors"), safetensors.torch.save(tensors))
+    values = to_mapping(encoder.spec) | {"weights": "encoder.safetensors"}
+    storage.write_bytes(storage.join(folder, "encoder.yaml"), yaml.safe_dump(values, sort_keys=False).encode())

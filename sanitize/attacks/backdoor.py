@@ -1,0 +1,126 @@
+"""What BadEncoder and DRUPE share: fine-tune a clean encoder on an unlabelled shadow set, step by step, for an objective."""
+
+import copy
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sanitize.attacks.augment import flip_and_jitter
+from sanitize.stages.encoders import Encoder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FineTuneConfig:
+    """SGD of the fine-tuning. Its attacks add their weights of the losses."""
+
+    epochs: int = 30
+    batch_size: int = 128
+    learning_rate: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    reference_copies: int = 16  # augmented copies of every reference image in each step
+
+
+@dataclass(frozen=True)
+class Step:
+    """Raw embeddings of one batch: B shadow images, R references, A augmented copies of each; two frozen targets, unit."""
+
+    clean: Tensor  # (B, D)
+    triggered: Tensor  # (B, D)
+    references: Tensor  # (R, D)
+    augmented: Tensor  # (R, A, D)
+    clean_target: Tensor  # (B, D) the clean encoder's embeddings, L2-normalised
+    reference_target: Tensor  # (R, D) the same of the references
+
+
+class Objective(Protocol):
+    """The loss of one step, and what happens after each epoch."""
+
+    def __call__(self, step: Step) -> Tensor: ...
+
+    def end_epoch(self) -> str:
+        """Returns what to log."""
+        ...
+
+
+def unit(embeddings: Tensor) -> Tensor:
+    return functional.normalize(embeddings.float(), dim=-1)
+
+
+def freeze_batch_norm(encoder: nn.Module) -> None:
+    """BatchNorm keeps its statistics and its affine parameters: only the other layers learn."""
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval().requires_grad_(False)
+
+
+def fine_tune(
+    clean_encoder: Encoder,
+    shadow: Tensor,
+    references: Tensor,
+    trigger: Callable[[Tensor], Tensor],
+    objective: Objective,
+    config: FineTuneConfig,
+    seed: int,
+    device: torch.device,
+) -> Encoder:
+    """shadow (N, 3, S, S) and references (R, 3, S, S) uint8, at the encoder's size → backdoored encoder, eval mode.
+
+    Exact shortcuts of the BadEncoder card: clean targets are computed once; a reference is embedded once per step
+    (BatchNorm is in eval mode, so its copies would be equal).
+    """
+    clean_encoder.eval()
+    encoder = copy.deepcopy(clean_encoder).requires_grad_(True)
+    encoder.train()
+    freeze_batch_norm(encoder)
+    learnable = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(
+        learnable, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
+    )
+    generator = torch.Generator().manual_seed(seed)
+    clean_targets = embed(clean_encoder, shadow, device)
+    reference_target = embed(clean_encoder, references, device).to(device)
+    originals = references.to(device).float() / 255
+    count, copies = len(references), config.reference_copies
+    start, done = time.monotonic(), 0
+    for epoch in range(1, config.epochs + 1):
+        order = torch.randperm(len(shadow), generator=generator)
+        for batch in order[: len(order) // config.batch_size * config.batch_size].split(config.batch_size):
+            pixels = shadow[batch]
+            views = flip_and_jitter(originals.repeat_interleave(copies, dim=0), generator)
+            images = torch.cat([pixels, trigger(pixels)]).to(device).float() / 255
+            with torch.autocast(device.type, torch.bfloat16):
+                embeddings = encoder(torch.cat([images, originals, views]))
+            clean, triggered, anchors, augmented = embeddings.split([len(batch), len(batch), count, count * copies])
+            step = Step(
+                *(clean, triggered, anchors, augmented.unflatten(0, (count, copies))),
+                *(clean_targets[batch].to(device), reference_target),
+            )
+            loss = objective(step)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            done += len(batch)
+        rate = done / (time.monotonic() - start)
+        log.info("epoch %d/%d %s, %.0f images/s", epoch, config.epochs, objective.end_epoch(), rate)
+    return encoder.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def embed(encoder: Encoder, images: Tensor, device: torch.device, batch_size: int = 512) -> Tensor:
+    """(N, 3, S, S) uint8 → (N, D) float32 L2-normalised, on the CPU."""
+    return unit(raw_embeddings(encoder, images, device, batch_size))
+
+
+@torch.no_grad()
+def raw_embeddings(encoder: Encoder, images: Tensor, device: torch.device, batch_size: int = 512) -> Tensor:
+    """(N, 3, S, S) uint8 → (N, D) float32 as the encoder gives them, on the CPU."""
+    return torch.cat([encoder(part.to(device).float() / 255).cpu() for part in images.split(batch_size)])
