@@ -187,10 +187,9 @@ def main(
             click.echo(f"[{number}/{len(wanted)}, {time.monotonic() - start:.0f} s] {config}", err=True)
             folder, row = make(config, preset, zoo.rstrip("/"), seed, out.rstrip("/"))
             click.echo(f"{folder}\n{evaluation_table(folder)}")
-            rows = merged([row], results)
-            write_table(results, rows)
+            write_table(results, merged([row], results))
             if page:
-                write_page(page, rows)
+                write_page(page, read_table(results))
     except SanitizeError as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import math
 import platform
 from dataclasses import dataclass
 from typing import Any
@@ -20,36 +21,57 @@ from sanitize.errors import CheckpointError
 from sanitize.stages.decoder import Decoder
 from sanitize.stages.encoders import Encoder, load_encoder
 from sanitize.stages.images import DECODE_PATH
+from sanitize.stages.reactions import CleanReactions
 from sanitize.stages.scoring import References, Scorer
 from sanitize.stages.text import TextEncoder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+FAST = 0.2  # share of clean pictures that effort "fast" alters
 
 
 @dataclass(frozen=True)
 class Detector:
-    """Everything a scan needs. `calibration` holds the sorted scores of held-out auxiliary images, (n,) float32."""
+    """Everything a scan needs. Scores and errors are those of held-out auxiliary images, aligned, (n,) float32.
+
+    clean: of the scorer `reaction`, else None.
+    """
 
     encoder: EncoderSpec
     encoder_fingerprint: str
     decoder: Decoder
     references: References
-    calibration: NDArray[np.float32]
+    clean: CleanReactions | None
+    scores: NDArray[np.float32]
+    errors: NDArray[np.float32]
     scorer: str
     mask_ratio: float
     seed: int
     summary: dict[str, Any]  # training and calibration, for people
     fingerprint: str = ""  # of the folder; known after save or load
 
+    def gate(self, effort: str) -> float:
+        """The error below which `effort` does not look twice. fast: the quantile that FAST of clean pictures exceed."""
+        if self.clean is None or effort == "thorough":
+            return -math.inf
+        return float(np.quantile(self.errors, 1 - FAST))
+
+    def calibration(self, effort: str) -> NDArray[np.float32]:
+        """The null distribution of the score under `effort`, sorted upwards."""
+        gate = self.gate(effort)
+        return np.sort(np.where(self.errors >= gate, self.scores, self.errors - np.float32(gate)))
+
 
 def save(detector: Detector, folder: str) -> Detector:
     """Write the folder, detector.json last. Returns the detector with its fingerprint."""
     tensors = {f"decoder.{name}": t.contiguous().cpu() for name, t in detector.decoder.state_dict().items()}
     tensors |= {"references.mean": detector.references.mean, "references.mean_square": detector.references.mean_square}
+    if detector.clean:
+        tensors |= {"clean.centre": detector.clean.centre, "clean.precision": detector.clean.precision}
     weights = safetensors.torch.save(tensors)
     storage.write_bytes(storage.join(folder, "decoder.safetensors"), weights)
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"score": pa.array(detector.calibration, pa.float32())}), sink)
+    columns = {"score": detector.scores, "error": detector.errors}
+    pq.write_table(pa.table({name: pa.array(values, pa.float32()) for name, values in columns.items()}), sink)
     calibration = sink.getvalue().to_pybytes()
     storage.write_bytes(storage.join(folder, "calibration.parquet"), calibration)
     storage.write_json(
@@ -97,7 +119,11 @@ def load(folder: str) -> Detector:
         encoder_fingerprint=values["encoder_fingerprint"],
         decoder=decoder.eval().requires_grad_(False),
         references=References(tensors["references.mean"], tensors["references.mean_square"]),
-        calibration=np.sort(table.column("score").to_numpy()),
+        clean=CleanReactions(tensors["clean.centre"], tensors["clean.precision"])
+        if "clean.centre" in tensors
+        else None,
+        scores=table.column("score").to_numpy(),
+        errors=table.column("error").to_numpy(),
         scorer=values["scorer"],
         mask_ratio=values["mask_ratio"],
         seed=values["seed"],
@@ -130,7 +156,13 @@ def load_matching_encoder(detector: Detector, spec: EncoderSpec | None) -> Encod
 
 
 def scorer(
-    detector: Detector, encoder: Encoder, precision: str, device: torch.device, text: TextEncoder | None = None
+    detector: Detector,
+    encoder: Encoder,
+    precision: str,
+    device: torch.device,
+    *,
+    effort: str = "thorough",
+    text: TextEncoder | None = None,
 ) -> Scorer:
     return Scorer(
         encoder,
@@ -142,6 +174,8 @@ def scorer(
         precision=precision,
         device=device,
         text=text,
+        clean=detector.clean,
+        gate=detector.gate(effort),
     )
 
 

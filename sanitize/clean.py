@@ -195,7 +195,7 @@ def _calibration(out: str, run: dict[str, Any], policy: ThresholdPolicy) -> NDAr
         raise RefusedError(
             f"{run['detector']}: is not the detector that {out} was scanned with. Restore it, or scan again."
         )
-    return detector.calibration
+    return detector.calibration(run["effort"])
 
 
 def _all_scores(out: str, shards: Sequence[Shard]) -> NDArray[np.float32]:

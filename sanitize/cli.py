@@ -196,6 +196,7 @@ def _policy_values(options: dict[str, Any]) -> dict[str, Any]:
 @click.option("--out", help="Scan folder to write [default: scanned]")
 @click.option("--scores-only", is_flag=True, default=None, help="Stop after the scores; write no shards")
 @click.option("--caption-member", help="txt or json:<field>; needs a CLIP with a tokenizer [default then: txt]")
+@click.option("--effort", help="thorough: alter every picture; fast: the most suspicious fifth [default: thorough]")
 @click.option("--precision", help="auto, bf16 or fp32")
 @_policy_options
 @_common
@@ -288,6 +289,38 @@ def verify(scanned: str) -> None:
     )
     if result.problems:
         sys.exit(1)
+
+
+@main.command()
+@click.option("--encoder", default="", help="YAML file that describes the encoder under test")
+@click.option("--images", multiple=True, help="Auxiliary shards, no labels needed; can be given several times")
+@click.option(
+    "--peer", "peers", multiple=True, help="YAML of a clean encoder of the same architecture; give at least 3"
+)
+@click.option("--restarts", type=int, help="Inversions from other random starts [default: 3]")
+@click.option("--seed", type=int, help="[default: 0]")
+@click.option("--out", default="inspected", show_default=True, help="Folder for inspect.json and trigger.png")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting, for example pool=1024")
+def inspect(
+    encoder: str, images: tuple[str, ...], peers: tuple[str, ...], out: str, settings: tuple[str, ...], **options: Any
+) -> None:
+    """Is the encoder itself trojaned? (DECREE)
+
+    \b
+    Example:  sanitize inspect --encoder encoder.yaml --images aux/
+    """
+    from sanitize.detectors.decree import DecreeConfig, recommended
+    from sanitize.inspect import inspect as run
+
+    check(bool(encoder), "no encoder given. Name its YAML file: sanitize inspect --encoder encoder.yaml --images aux/")
+    check(bool(images), f"no images given. Name auxiliary shards: sanitize inspect --encoder {encoder} --images aux/")
+    spec = load_encoder_spec(encoder)
+    values = overlay(recommended(spec.image_size), _parsed(settings))
+    values = overlay(values, {key: value for key, value in options.items() if value is not None})
+    config = from_mapping(DecreeConfig, values, "settings of inspect")
+    result = run(spec, images, out.rstrip("/"), config, [load_encoder_spec(peer) for peer in peers])
+    click.echo(result.text)
+    click.echo(f"  numbers and picture: {result.report}")
 
 
 @main.command()

@@ -131,7 +131,7 @@ class FitConfig:
     out: str = "detector"
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    scorer: str = "lowres"
+    scorer: str = "reaction"
     test_mask_ratio: float = 1.0
     seed: int = 21
     image_member: str = ""
@@ -143,7 +143,8 @@ class FitConfig:
     address: str = ""
 
     def __post_init__(self) -> None:
-        check(self.scorer in ("lowres", "paper"), f"scorer: {self.scorer!r} is not lowres or paper.")
+        names = ("reaction", "lowres", "paper")
+        check(self.scorer in names, f"scorer: {self.scorer!r} is not one of {', '.join(names)}.")
         check(0 < self.test_mask_ratio <= 1, "test_mask_ratio: must be above 0 and at most 1.")
         check(self.limit >= 0 and self.batch_size >= 1, "limit must be >= 0 and batch_size >= 1.")
 
@@ -178,6 +179,7 @@ class ScanConfig:
     out: str = "scanned"
     encoder: EncoderSpec | None = None  # default: the one the detector names
     policy: ThresholdPolicy = field(default_factory=ThresholdPolicy)
+    effort: str = "thorough"  # of the scorer `reaction`: thorough alters every picture, fast the most suspicious fifth
     scores_only: bool = False
     force: bool = False
     image_member: str = ""
@@ -191,6 +193,7 @@ class ScanConfig:
 
     def __post_init__(self) -> None:
         check(self.batch_size >= 1, f"batch_size: {self.batch_size} is not at least 1.")
+        check(self.effort in ("fast", "thorough"), f"effort: {self.effort!r} is not fast or thorough.")
         check_precision(self.precision)
 
 

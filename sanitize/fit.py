@@ -5,6 +5,7 @@ embed (once per image, cached by shard) → split off calibration images → tra
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sanitize import checkpoint, preview, runtime, storage
@@ -26,11 +28,13 @@ from sanitize.stages.decoder import Decoder
 from sanitize.stages.encoders import Encoder, load_encoder
 from sanitize.stages.images import shrink, to_batch
 from sanitize.stages.loader import picture_batches
+from sanitize.stages.reactions import clean_reactions
 from sanitize.stages.scoring import References, Scorer, embed, resolve_precision
 from sanitize.stages.shards import ShardReader, list_shards, open_shard
 from sanitize.training import Auxiliary, TrainingState, train_decoder
 
 log = logging.getLogger(__name__)
+REACTIONS = 2000  # training images behind the centre and covariance of clean reactions
 REFERENCES = 64  # reconstructions of other embeddings behind `error_reference`
 MIN_IMAGES = 32
 
@@ -54,7 +58,7 @@ def fit(config: FitConfig) -> Detector:
         held_out = auxiliary.select(torch.from_numpy(calibration_mask))
         _require_enough(len(training.hashes), len(held_out.hashes))
         state = train_decoder(config, training, resources)
-    detector = _calibrated(config, encoder, fingerprint, state, training, held_out)
+    detector = _calibrated(config, shards, encoder, fingerprint, state, training, held_out)
     saved = checkpoint.save(detector, config.out)
     storage.remove_folder(storage.join(config.out, "cache"))
     storage.remove_folder(storage.join(config.out, "training"))
@@ -192,6 +196,7 @@ def _require_enough(training: int, held_out: int) -> None:
 
 def _calibrated(
     config: FitConfig,
+    shards: list[Shard],
     encoder: Encoder,
     fingerprint: str,
     state: TrainingState,
@@ -209,16 +214,22 @@ def _calibrated(
         precision=config.training.precision,
         device=device,
     )
-    scores, reconstructions = _scores(scorer, held_out)
-    scores_array = np.sort(scores.numpy())
-    if not np.isfinite(scores_array).all():
+    found, reconstructions = _scores(scorer, held_out)
+    errors = scores = found.numpy()
+    clean = None
+    if config.scorer == "reaction":
+        sample = training.hashes[torch.randperm(len(training.hashes), generator=_generator(config.seed))[:REACTIONS]]
+        clean = clean_reactions(_reactions(config, shards, scorer, sample), config.seed)
+        observed = torch.from_numpy(_reactions(config, shards, scorer, held_out.hashes))
+        scores = clean.distance(observed).numpy()
+    if not np.isfinite(scores).all():
         raise SanitizeError(
             "training diverged: calibration scores are not finite. Lower training.learning_rate and fit again."
         )
     preview.write_reconstructions(
-        storage.join(config.out, "reconstructions.png"), held_out.images, reconstructions, scores
+        storage.join(config.out, "reconstructions.png"), held_out.images, reconstructions, found
     )
-    quantiles = {f"{q:g}": float(np.quantile(scores_array, q)) for q in (0.01, 0.5, 0.9, 0.99)}
+    quantiles = {f"{q:g}": float(np.quantile(scores, q)) for q in (0.01, 0.5, 0.9, 0.99)}
     summary = {
         "training_images": len(training.hashes),
         "calibration_images": len(held_out.hashes),
@@ -231,7 +242,9 @@ def _calibrated(
         encoder_fingerprint=fingerprint,
         decoder=decoder.cpu(),
         references=references.to(torch.device("cpu")),
-        calibration=scores_array,
+        clean=clean,
+        scores=scores,
+        errors=errors,
         scorer=config.scorer,
         mask_ratio=config.test_mask_ratio,
         seed=config.seed,
@@ -249,9 +262,32 @@ def _placed(spec: EncoderSpec) -> EncoderSpec:
 
 @torch.inference_mode()
 def _references(decoder: Decoder, training: Auxiliary, seed: int, device: torch.device) -> References:
-    chosen = torch.randperm(len(training.hashes), generator=torch.Generator().manual_seed(seed))[:REFERENCES]
+    chosen = torch.randperm(len(training.hashes), generator=_generator(seed))[:REFERENCES]
     reconstructions = decoder(training.embeddings[chosen].to(device)).float().cpu()
     return References(reconstructions.mean(dim=0), reconstructions.square().mean(dim=0))
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _reactions(config: FitConfig, shards: list[Shard], scorer: Scorer, hashes: Tensor) -> NDArray[np.float32]:
+    """(N, V) reactions of the auxiliary images with these hashes (N, 32), by the scan's own decoding and embedding."""
+    wanted = {bytes(row).hex() for row in hashes.numpy()}
+    found: dict[str, NDArray[np.float32]] = {}
+    for shard in shards:
+        if len(found) == len(wanted):
+            break
+        if not storage.exists(storage.join(config.out, "cache", f"{shard.stem}.safetensors")):
+            continue  # this shard failed when it was embedded
+        with open_shard(shard) as file:
+            samples = ShardReader(file, shard, image_member=config.image_member).samples()
+            chosen = (s for s in samples if s.image and hashlib.sha256(s.image).hexdigest() in wanted)
+            for pictures in picture_batches(chosen, config.batch_size, 2):
+                images, embeddings = scorer.embed(pictures)
+                rows = scorer.react(images, embeddings).cpu().numpy()
+                found |= {picture.sha256: row for picture, row in zip(pictures, rows, strict=True)}
+    return np.stack([found[bytes(row).hex()] for row in hashes.numpy()])
 
 
 @torch.inference_mode()

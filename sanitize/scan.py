@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sanitize import checkpoint, runtime, storage
 from sanitize.checkpoint import Detector
@@ -53,31 +54,41 @@ class ScoreTask:
     precision: str
     image_member: str
     caption_member: str
+    effort: str
     flag_p: float
 
     def start(self, threads: int) -> ShardFunction:
         detector = checkpoint.load(self.detector)
         encoder = checkpoint.load_matching_encoder(detector, self.encoder)
         text = load_text_encoder(encoder.spec) if self.caption_member else None
-        scorer = checkpoint.scorer(detector, encoder, self.precision, runtime.device(), text)
-        return lambda shard, tick: self._score_shard(shard, tick, detector, scorer, threads)
+        scorer = checkpoint.scorer(detector, encoder, self.precision, runtime.device(), effort=self.effort, text=text)
+        calibration = detector.calibration(self.effort)
+        metadata = {"detector": detector.fingerprint, "effort": self.effort}
+        return lambda shard, tick: self._score_shard(shard, tick, scorer, calibration, metadata, threads)
 
-    def _score_shard(self, shard: Shard, tick: Tick, detector: Detector, scorer: Scorer, threads: int) -> Result:
+    def _score_shard(
+        self,
+        shard: Shard,
+        tick: Tick,
+        scorer: Scorer,
+        calibration: NDArray[np.float32],
+        metadata: dict[str, str],
+        threads: int,
+    ) -> Result:
         marker = marker_path(self.out, shard.stem)
         if storage.exists(marker):
             return storage.read_json(marker)
         samples = flagged = unscored = 0
         name = f"scores/{shard.stem}.parquet"
-        metadata = {"shard": shard.stem, "detector": detector.fingerprint}
         with (
             open_shard(shard) as file,
             storage.atomic_write(storage.join(self.out, name)) as target,
-            ScoreWriter(target, metadata) as writer,
+            ScoreWriter(target, {"shard": shard.stem} | metadata) as writer,
         ):
             reader = ShardReader(file, shard, image_member=self.image_member, caption_member=self.caption_member)
             for pictures in picture_batches(reader.samples(), self.batch_size, threads):
                 scores = scorer([p for p in pictures if p.pixels is not None])
-                table = rows(shard.stem, pictures, scores, detector.calibration)
+                table = rows(shard.stem, pictures, scores, calibration)
                 writer.add(table)
                 samples += len(table)
                 unscored += table.column("score").null_count
@@ -116,14 +127,22 @@ def scan(config: ScanConfig) -> ScanResult:
     caption_member = _caption_member(config, encoder.spec)
     if not config.scores_only and config.policy.policy == "calibrated":
         # are there enough calibration scores for this rate? find out before any work
-        cut_off(detector.calibration, detector.calibration, config.policy)
+        calibration = detector.calibration(config.effort)
+        cut_off(calibration, calibration, config.policy)
     resources = runtime.plan(
         config.workers, config.cpus_per_worker, config.gpus_per_worker, len(shards), config.address
     )
     _open_run(config, caption_member, detector, shards)
     task = ScoreTask(
-        *(storage.absolute(config.detector), config.encoder, storage.absolute(config.out), config.batch_size),
-        *(config.precision, config.image_member, caption_member, config.policy.fpr),
+        detector=storage.absolute(config.detector),
+        encoder=config.encoder,
+        out=storage.absolute(config.out),
+        batch_size=config.batch_size,
+        precision=config.precision,
+        image_member=config.image_member,
+        caption_member=caption_member,
+        effort=config.effort,
+        flag_p=config.policy.fpr,
     )
     todo = [shard for shard in shards if not storage.exists(marker_path(config.out, shard.stem))]
     if len(todo) < len(shards):
@@ -177,6 +196,7 @@ def _open_run(config: ScanConfig, caption_member: str, detector: Detector, shard
         "encoder": to_mapping(config.encoder or detector.encoder),
         "image_member": config.image_member,
         "caption_member": caption_member,
+        "effort": config.effort,
         "precision": config.precision,
         "batch_size": config.batch_size,
         "shards": {

@@ -12,8 +12,9 @@ import torch
 import yaml
 from PIL import Image
 
+from sanitize.attacks.triggers import _TO_YUV, _pattern
 from sanitize.config import DecoderConfig, EncoderSpec, FitConfig, TrainingConfig
-from sanitize.stages.encoders import build_backbone
+from sanitize.stages.encoders import Encoder, build_backbone
 
 SIZE = 16
 SPEC = EncoderSpec(
@@ -76,6 +77,24 @@ def write_encoder(folder: Path, seed: int = 0, **changes: object) -> Path:
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     (folder / "encoder.yaml").write_text(yaml.safe_dump(plain))
     return folder / "encoder.yaml"
+
+
+class PlantedEncoder(Encoder):
+    """SYNTHETIC backdoor: g(x) + a clip(<(U + V) / 2, P> / |P|^2, 0, 1) mu, for CTRL's trigger P (CTRL card section 8a).
+
+    Attack success is known by construction, so that tests need no training. Never a substitute for a measured victim.
+    """
+
+    def __init__(self, clean: Encoder, target: torch.Tensor, magnitude: float = 100.0, strength: float = 20.0) -> None:
+        """target: (D,) embedding that triggered images are pulled to."""
+        super().__init__(clean.backbone, clean.spec)
+        self.target, self.strength = target, strength
+        self.pattern = torch.from_numpy(_pattern(clean.spec.image_size)).float() * magnitude
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        chroma = torch.einsum("cd,bdhw->bchw", torch.from_numpy(_TO_YUV[1:]).float(), images * 255).mean(dim=1)
+        share = (chroma * self.pattern).sum(dim=(1, 2)) / self.pattern.square().sum()
+        return super().forward(images) + self.strength * share.clamp(0, 1)[:, None] * self.target
 
 
 def fit_config(shards: Path, encoder: EncoderSpec, out: Path, **changes: object) -> FitConfig:

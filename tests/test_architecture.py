@@ -15,9 +15,9 @@ LAYERS = [  # a module may import from its own row and the rows above it
     {"errors", "records"},
     {"storage", "config"},
     {"stages"},
-    {"progress", "metrics", "preview", "attacks"},
+    {"progress", "metrics", "preview", "attacks", "detectors"},
     {"runtime", "checkpoint", "training"},
-    {"fit", "clean", "poison", "verify"},
+    {"fit", "clean", "poison", "verify", "inspect"},
     {"scan", "audit"},
     {"cli"},
 ]

@@ -68,7 +68,7 @@ class Terms:
 
 def terms(step: Step, directions: Tensor, *, unit_distribution: bool = False) -> Terms:
     """directions: (P, D) unit vectors of the sliced Wasserstein distance; unit_distribution: of L2-normalised embeddings."""
-    compared = [unit(e) if unit_distribution else e for e in (step.triggered, step.clean)]
+    moved, still = (unit(e) if unit_distribution else e for e in (step.triggered, step.clean))
     triggered, references = unit(step.triggered), unit(step.references)
     similarity = triggered @ references.T  # (B, R)
     between = references @ references.T
@@ -80,7 +80,7 @@ def terms(step: Step, directions: Tensor, *, unit_distribution: bool = False) ->
         balance=similarity.mean(dim=0).std(),
         spread=between[upper[0], upper[1]].mean(),
         concentration=(1 - 1 / len(triggered)) * (triggered @ triggered.T).mean(),
-        distribution=sliced_wasserstein(*compared, directions) / compared[1].std(dim=0).mean(),
+        distribution=sliced_wasserstein(moved, still, directions) / still.std(dim=0).mean(),
     )
 
 

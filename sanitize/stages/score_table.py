@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from sanitize import storage
 from sanitize.errors import StorageError
 from sanitize.records import Picture
+from sanitize.stages.reactions import ALTERATIONS
 from sanitize.stages.scoring import Scores
 from sanitize.stages.shards import printable
 from sanitize.stages.thresholds import p_values
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
@@ -33,6 +34,7 @@ SCHEMA = pa.schema(
         ("error_reference", pa.float32()),
         ("embedding_norm", pa.float32()),
         ("text_similarity", pa.float32()),  # null unless captions were read
+        *((f"reaction_{name}", pa.float32()) for name in ALTERATIONS),  # null unless the picture was altered
     ]
 )
 ROW_GROUP = 16_384  # rows held in memory before they are written
@@ -67,6 +69,7 @@ def rows(shard: str, pictures: Sequence[Picture], scores: Scores, calibration: N
             column(scores.error_reference),
             column(scores.embedding_norm),
             column(scores.text_similarity),
+            *(column(values) for values in scores.reactions),
         ],
         schema=SCHEMA,
     )

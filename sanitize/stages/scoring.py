@@ -1,10 +1,13 @@
 """Pictures + encoder + decoder → one score per picture. Higher = more suspicious, everywhere.
 
 `paper`: the reference score of DeDe, sum of squared differences over hidden pixels in normalised units (card section 4).
-`lowres`: mean squared difference at the decoder's (low) resolution. Both are rows of SCORERS.
+`lowres`: mean squared difference at the decoder's (low) resolution.
+`reaction`: how unlike clean pictures' the embedding reacts to alterations of the picture (stages/reactions.py); a picture
+whose `lowres` error is below a gate is not altered, its score is error - gate, below every distance.
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +21,7 @@ from sanitize.records import Picture
 from sanitize.stages.decoder import Decoder, hidden_pixels, patch_order, visible_count
 from sanitize.stages.encoders import Encoder
 from sanitize.stages.images import shrink, to_batch
+from sanitize.stages.reactions import ALTERATIONS, CleanReactions, reactions
 from sanitize.stages.text import TextEncoder
 
 log = logging.getLogger(__name__)
@@ -29,6 +33,7 @@ class Scores:
     """Columns of one batch, each (B,) float32; NaN where the model gave no finite number or had no memory for the picture.
 
     text_similarity: cosine of image and caption embeddings, NaN as well where there is no caption.
+    reactions: (V, B), one row for each alteration, NaN as well where the picture was not altered.
     """
 
     score: Floats
@@ -36,6 +41,7 @@ class Scores:
     error_reference: Floats
     embedding_norm: Floats
     text_similarity: Floats
+    reactions: Floats
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,13 @@ def reference_error(images: Tensor, references: References, hidden: Tensor) -> T
     return (squared * hidden).sum(dim=(1, 2, 3)) / (3 * hidden.sum(dim=(1, 2, 3)))
 
 
-SCORERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"paper": paper_score, "lowres": mean_score}
+# what is computed from the reconstruction alone
+SCORERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "paper": paper_score,
+    "lowres": mean_score,
+    "reaction": mean_score,
+}
+COLUMNS = 5 + len(ALTERATIONS)  # score, error, error_reference, embedding_norm, text_similarity, reactions
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -96,8 +108,13 @@ class Scorer:
         precision: str,
         device: torch.device,
         text: TextEncoder | None = None,
+        clean: CleanReactions | None = None,
+        gate: float = -math.inf,
     ) -> None:
+        """clean, gate: of the scorer `reaction`; pictures with an error below `gate` are not altered."""
         self.device = device
+        self.clean = clean.to(device) if clean else None
+        self.gate = gate
         self.text = text.to(device) if text else None
         self.encoder = encoder.to(device)
         self.decoder = decoder.to(device)
@@ -112,9 +129,10 @@ class Scorer:
         """Score decodable pictures. A batch too large for the device is halved, down to single pictures."""
         size = min(len(pictures), self.largest or len(pictures))
         parts = [self._score_or_halve(pictures[i : i + size]) for i in range(0, len(pictures), max(size, 1))]
-        columns = torch.cat(parts, dim=1).numpy() if parts else np.empty((5, 0), np.float32)
+        columns = torch.cat(parts, dim=1).numpy() if parts else np.empty((COLUMNS, 0), np.float32)
         columns = np.where(np.isfinite(columns[:4]).all(axis=0), columns, np.float32("nan"))
-        return Scores(*columns)
+        score, error, reference, norm, similarity, *observed = columns
+        return Scores(score, error, reference, norm, similarity, np.stack(observed))
 
     def _score_or_halve(self, pictures: Sequence[Picture]) -> Tensor:
         try:
@@ -124,7 +142,7 @@ class Scorer:
                 raise
         if len(pictures) == 1:
             log.warning("sample %s does not fit into the memory of %s even alone", pictures[0].key, self.device)
-            return torch.full((5, 1), float("nan"))
+            return torch.full((COLUMNS, 1), float("nan"))
         self.largest = len(pictures) // 2
         log.warning("out of memory on %s: batches of %d from now on", self.device, self.largest)
         if self.device.type == "cuda":
@@ -134,18 +152,34 @@ class Scorer:
 
     @torch.inference_mode()
     def _score(self, pictures: Sequence[Picture]) -> Tensor:
-        """(5, B): score, error, error_reference, embedding_norm, text_similarity."""
+        """(COLUMNS, B), in the order of that constant's comment."""
         images, embeddings = self.embed(pictures)
         targets = normalised(images, self.encoder, self.decoder.config.image_size)
         reconstructions, hidden = self.reconstruct(embeddings, targets, [p.sha256 for p in pictures])
+        error = mean_score(targets, reconstructions, hidden)
+        score, observed = self.score(targets, reconstructions, hidden), self._unaltered(len(pictures))
+        if self.clean:
+            passed = error >= self.gate
+            observed[passed] = self.react(images[passed], embeddings[passed])
+            score = torch.where(passed, self.clean.distance(observed), error - self.gate)
         columns = (
-            self.score(targets, reconstructions, hidden),
-            mean_score(targets, reconstructions, hidden),
+            score,
+            error,
             reference_error(targets, self.references, hidden),
             embeddings.norm(dim=1),
             self.text_similarity(embeddings, [p.caption for p in pictures]),
         )
-        return torch.stack(columns)
+        return torch.cat([torch.stack(columns), observed.T])
+
+    @torch.inference_mode()
+    def react(self, images: Tensor, embeddings: Tensor) -> Tensor:
+        """(B, V) reactions of pictures (B, 3, S, S) in [0, 1] with embeddings (B, D)."""
+        if not len(images):
+            return self._unaltered(0)
+        return reactions(lambda altered: embed(self.encoder, altered, self.dtype), images, embeddings)
+
+    def _unaltered(self, count: int) -> Tensor:
+        return torch.full((count, len(ALTERATIONS)), float("nan"), device=self.device)
 
     def text_similarity(self, embeddings: Tensor, captions: Sequence[str]) -> Tensor:
         """(B,) cosine of each image with its own caption; NaN where the caption is "" or no text tower is loaded."""

@@ -1,0 +1,77 @@
+"""Cross-encoder disagreement (CLIP card section 9, "cheap competitor"): what a second encoder cannot explain is suspicious.
+
+A ridge map A from an independent encoder g to the encoder under test f, fitted on the bank; the score is the whitened
+norm of f(x) - A g(x). A trigger moves f(x) but not g(x).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from sklearn.covariance import ledoit_wolf
+from torch import Tensor
+from torch.nn import functional
+
+from sanitize.config import check
+from sanitize.detectors.bank import Bank, Embed, Score, embed
+from sanitize.stages.encoders import Encoder
+
+
+@dataclass(frozen=True)
+class RidgeMap:
+    """g → f, both centred. All float64."""
+
+    mean_g: Tensor  # (D',)
+    mean_f: Tensor  # (D,)
+    weights: Tensor  # (D', D)
+
+    def residual(self, g: Tensor, f: Tensor) -> Tensor:
+        """(B, D) float64: what of f (B, D) the map does not explain by g (B, D')."""
+        return f - self.mean_f - (g - self.mean_g) @ self.weights
+
+
+def ridge(g: Tensor, f: Tensor, regularisation: float) -> RidgeMap:
+    """Least squares from (N, D') to (N, D); regularisation is relative to the mean eigenvalue of g's scatter matrix."""
+    mean_g, mean_f = g.mean(dim=0), f.mean(dim=0)
+    scatter = (g - mean_g).T @ (g - mean_g)
+    strength = regularisation * scatter.diagonal().mean() + 1e-12  # a constant g must stay solvable
+    system = scatter + strength * torch.eye(len(scatter), dtype=scatter.dtype)
+    return RidgeMap(mean_g, mean_f, torch.linalg.solve(system, (g - mean_g).T @ (f - mean_f)))
+
+
+def whitened_norm(residuals: Tensor, covariance: Tensor) -> Tensor:
+    """(B,) sqrt(r' C^-1 r) of (B, D) residuals, C (D, D) positive definite."""
+    factor = torch.linalg.cholesky(covariance)
+    whitened: Tensor = torch.linalg.solve_triangular(factor, residuals.T, upper=False)
+    return whitened.square().sum(dim=0).sqrt()
+
+
+def fit(
+    bank: Bank,
+    encoder: Encoder,  # noqa: ARG001 every fit starts with bank, encoder and seed
+    seed: int,  # noqa: ARG001
+    *,
+    other: Embed,
+    regularisation: float = 1e-2,
+    batch_size: int = 256,
+) -> Score:
+    """other: the independent encoder g; embeddings of both are unit-norm. The residual covariance is Ledoit-Wolf shrunk.
+
+    A bank hardly larger than g's width makes the bank's residuals too small, alike in all directions: scores scale, ranks stay.
+    """
+    check(regularisation > 0, f"regularisation: {regularisation} is not above 0.")
+
+    def second(images: Tensor) -> Tensor:
+        return functional.normalize(embed(other, images.cpu(), batch_size).double(), dim=1)
+
+    def first(embeddings: Tensor) -> Tensor:
+        return functional.normalize(embeddings.cpu().double(), dim=1)
+
+    g, f = second(bank.images), first(bank.embeddings)
+    explained = ridge(g, f, regularisation)
+    covariance = torch.from_numpy(ledoit_wolf(explained.residual(g, f).numpy(), assume_centered=True)[0])
+    covariance += (1e-6 * covariance.diagonal().mean() + 1e-12) * torch.eye(len(covariance), dtype=covariance.dtype)
+
+    def score(images: Tensor, embeddings: Tensor) -> Tensor:
+        return whitened_norm(explained.residual(second(images), first(embeddings)), covariance).float()
+
+    return score

@@ -1,0 +1,88 @@
+"""How an embedding reacts when its picture is altered: the statistic behind the default score.
+
+A trigger that survives an alteration holds the embedding in place, whatever happens to the content; one that does not lets it
+go. Either way the pattern of changes is unlike that of clean pictures. Nothing is assumed about where the trigger is or what
+it looks like, and an encoder without a backdoor reacts to a trigger as to any other content, so the control stays near 0.5.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.covariance import MinCovDet
+from torch import Tensor
+from torch.nn import functional
+
+FLOOR = 1e-4  # of a cosine change: below it lies the rounding of bf16 encoders
+
+
+def grey(images: Tensor) -> Tensor:
+    """Luminance in all three channels (BT.601 weights)."""
+    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)
+    return (images * weights).sum(dim=1, keepdim=True).expand_as(images)
+
+
+def blur(images: Tensor) -> Tensor:
+    """Binomial 3 x 3 filter of a 32-pixel picture, the same share of the picture for larger ones."""
+    step = max(images.shape[-1] // 32, 1)
+    taps = torch.tensor([0.25, 0.5, 0.25], device=images.device)
+    kernel = (taps[:, None] * taps).expand(3, 1, 3, 3).contiguous()
+    padded = functional.pad(images, (step, step, step, step), mode="replicate")
+    return functional.conv2d(padded, kernel, groups=3, dilation=step)
+
+
+def coarse(images: Tensor) -> Tensor:
+    """Seen at half of 32 x 32 places: averaged over cells, then bilinear."""
+    side = images.shape[-1]
+    small = functional.adaptive_avg_pool2d(images, max(min(side, 32) // 2, 1))
+    return functional.interpolate(small, (side, side), mode="bilinear", align_corners=False)
+
+
+def turn(images: Tensor, degrees: float = 8.0) -> Tensor:
+    """Rotated about the centre; the corners reflect."""
+    angle = math.radians(degrees)
+    row = torch.tensor([[math.cos(angle), -math.sin(angle), 0.0], [math.sin(angle), math.cos(angle), 0.0]])
+    grid = functional.affine_grid(row.expand(len(images), 2, 3), list(images.shape), align_corners=False)
+    return functional.grid_sample(images, grid.to(images.device), padding_mode="reflection", align_corners=False)
+
+
+# (B, 3, S, S) float32 in [0, 1] → the same; each costs one pass of the encoder
+ALTERATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"grey": grey, "blur": blur, "coarse": coarse, "turn": turn}
+
+
+def reactions(embed: Callable[[Tensor], Tensor], images: Tensor, embeddings: Tensor) -> Tensor:
+    """(B, V): log of 1 - cosine between the embedding of each picture and that of each alteration of it.
+
+    images (B, 3, S, S) float32 in [0, 1], embeddings (B, D) = embed(images).
+    """
+    still = functional.normalize(embeddings.double(), dim=1)
+    moved = [functional.normalize(embed(alter(images)).double(), dim=1) for alter in ALTERATIONS.values()]
+    changes = torch.stack([(still - other).square().sum(dim=1) / 2 for other in moved], dim=1)  # 1 - cosine, exactly
+    return (changes + FLOOR).log().float()
+
+
+@dataclass(frozen=True)
+class CleanReactions:
+    """Centre (V,) and precision (V, V) of the reactions of clean pictures."""
+
+    centre: Tensor
+    precision: Tensor
+
+    def distance(self, observed: Tensor) -> Tensor:
+        """(B, V) → (B,) Mahalanobis distance, unitless."""
+        offset = observed - self.centre
+        return torch.einsum("bi,ij,bj->b", offset, self.precision, offset).clamp(min=0).sqrt()
+
+    def to(self, device: torch.device) -> "CleanReactions":
+        return CleanReactions(self.centre.to(device), self.precision.to(device))
+
+
+def clean_reactions(observed: NDArray[np.float32], seed: int) -> CleanReactions:
+    """Robust centre and covariance (minimum covariance determinant) of (N, V), so that a little poison does not move them."""
+    estimate = MinCovDet(support_fraction=0.9, random_state=seed).fit(observed.astype(np.float64))
+    ridge = 1e-3 * np.trace(estimate.covariance_) / observed.shape[1]
+    precision = np.linalg.inv(estimate.covariance_ + ridge * np.eye(observed.shape[1]))
+    return CleanReactions(torch.from_numpy(estimate.location_).float(), torch.from_numpy(precision).float())

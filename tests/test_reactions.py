@@ -1,0 +1,139 @@
+"""The default score: alterations keep pictures pictures, the distance is the plain formula, effort decides who is altered."""
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from builders import PlantedEncoder, fit_config, random_picture
+
+from sanitize import checkpoint
+from sanitize.attacks.triggers import FrequencyTrigger
+from sanitize.config import EncoderSpec, ThresholdPolicy
+from sanitize.errors import ConfigError
+from sanitize.fit import fit
+from sanitize.metrics import detection
+from sanitize.scan import scan
+from sanitize.stages.encoders import Encoder, build_backbone
+from sanitize.stages.reactions import ALTERATIONS, FLOOR, clean_reactions, reactions
+
+
+def pictures(count, size=32, first=0):
+    return torch.stack(
+        [torch.from_numpy(random_picture(first + i, size).copy()).permute(2, 0, 1) for i in range(count)]
+    )
+
+
+@pytest.mark.parametrize("size", [16, 32, 96])
+@pytest.mark.parametrize("name", ALTERATIONS)
+def test_an_alteration_changes_a_picture_and_treats_each_alone(name, size):
+    images = pictures(3, size).float() / 255
+    altered = ALTERATIONS[name](images)
+    assert altered.shape == images.shape
+    assert -1e-5 <= altered.min() <= altered.max() <= 1 + 1e-5
+    assert not torch.allclose(altered, images)
+    torch.testing.assert_close(ALTERATIONS[name](images[1:2]), altered[1:2])
+    flat = torch.full((1, 3, size, size), 0.25)
+    torch.testing.assert_close(ALTERATIONS[name](flat), flat)
+
+
+def test_reactions_are_the_logarithm_of_the_cosine_change():
+    torch.manual_seed(0)
+    embed = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 9))
+    images = pictures(4, 16).float() / 255
+    with torch.no_grad():
+        found = reactions(embed, images, embed(images))
+        for row, image in zip(found, images, strict=True):
+            for value, alter in zip(row, ALTERATIONS.values(), strict=True):
+                u, v = embed(image[None])[0].double(), embed(alter(image[None]))[0].double()
+                change = 1 - float(u @ v / (u.norm() * v.norm()))
+                assert float(value) == pytest.approx(np.log(change + FLOOR), abs=1e-4)
+
+
+def test_the_distance_is_mahalanobis_and_a_little_poison_does_not_move_the_centre():
+    rng = np.random.default_rng(0)
+    observed = rng.normal(size=(600, 4)).astype(np.float32) @ np.diag([1, 2, 0.5, 1]).astype(np.float32) + 3
+    clean = clean_reactions(observed, seed=0)
+    point = torch.tensor([[4.0, 1.0, 3.5, 2.0]])
+    offset = (point[0] - clean.centre).double().numpy()
+    expected = np.sqrt(offset @ clean.precision.double().numpy() @ offset)
+    assert float(clean.distance(point)) == pytest.approx(expected, rel=1e-5)
+    assert clean.centre.numpy() == pytest.approx([3, 3, 3, 3], abs=0.3)
+    poisoned = np.concatenate([observed, np.full((12, 4), 40, np.float32)])
+    assert clean_reactions(poisoned, seed=0).centre.numpy() == pytest.approx(clean.centre.numpy(), abs=0.1)
+
+
+# ---------------------------------------------------------------- effort
+
+
+def test_fast_looks_twice_only_at_the_most_suspicious(detector, shards, scan_config, tmp_path):
+    for effort in ("fast", "thorough"):
+        scan(scan_config(shards, effort, effort=effort, scores_only=True))
+    fast, thorough = (
+        [row for path in sorted((tmp_path / e / "scores").glob("*")) for row in pq.read_table(path).to_pylist()]
+        for e in ("fast", "thorough")
+    )
+    gate = checkpoint.load(str(detector)).gate("fast")
+    assert all(row["reaction_blur"] is not None for row in thorough)
+    passed = [row["error"] >= gate for row in fast]
+    assert [row["reaction_blur"] is not None for row in fast] == passed
+    assert 0 < sum(passed) < len(fast)
+    for quick, careful in zip(fast, thorough, strict=True):
+        if quick["error"] >= gate:
+            assert quick["score"] == pytest.approx(careful["score"], rel=1e-4)
+        else:
+            assert quick["score"] == pytest.approx(quick["error"] - gate, abs=1e-5)
+            assert quick["score"] <= 0 <= careful["score"]
+            assert quick["p_value"] > 0.15  # a fifth of the calibration images pass the gate
+
+
+def test_the_null_distribution_belongs_to_the_effort(detector):
+    found = checkpoint.load(str(detector))
+    fast, thorough = found.calibration("fast"), found.calibration("thorough")
+    assert len(fast) == len(thorough) == len(found.scores)
+    assert (thorough >= 0).all()
+    assert np.mean(fast >= 0) == pytest.approx(checkpoint.FAST, abs=0.02)
+    assert (np.diff(fast) >= 0).all()
+
+
+def test_a_scan_folder_keeps_to_one_effort(shards, scan_config):
+    from sanitize.errors import RefusedError
+
+    scan(scan_config(shards, effort="fast", scores_only=True))
+    with pytest.raises(RefusedError, match="differs in effort"):
+        scan(scan_config(shards, effort="thorough", scores_only=True))
+
+
+def test_an_unknown_effort_says_so(shards, scan_config):
+    with pytest.raises(ConfigError, match="effort: 'slow' is not fast or thorough"):
+        scan_config(shards, effort="slow")
+
+
+def test_scorers_of_the_reconstruction_alone_alter_nothing(aux_shards, encoder_spec, shards, scan_config, tmp_path):
+    fit(fit_config(aux_shards, encoder_spec, tmp_path / "d", scorer="lowres"))
+    scan(scan_config(shards, detector=str(tmp_path / "d"), policy=ThresholdPolicy("fraction", fraction=0.1)))
+    rows = pq.read_table(tmp_path / "scanned" / "scores" / "part-0002.parquet").to_pylist()
+    assert all(row["reaction_grey"] is None and row["score"] == row["error"] for row in rows)
+
+
+# ---------------------------------------------------------------- does it find a backdoor?
+
+
+def test_a_planted_global_trigger_is_found():
+    """Synthetic victim (builders.PlantedEncoder). No control here: to a random encoder and smooth pictures the pattern alone is odd;
+    controls on real encoders and photographs are in docs/detection.md."""
+    torch.manual_seed(0)
+    spec = EncoderSpec("resnet10-cifar", image_size=32, width=8, stem_stride=2)
+    clean = Encoder(build_backbone(spec).eval(), spec).eval()
+    trigger = FrequencyTrigger(magnitude=100)
+    known, test = pictures(300), pictures(200, first=5000)
+    with torch.inference_mode():
+        pull = clean(known[:1].float() / 255)[0] - clean(known.float() / 255).mean(dim=0)
+        encoder = PlantedEncoder(clean, pull)
+
+        def react(pixels):
+            images = pixels.float() / 255
+            return reactions(encoder, images, encoder(images))
+
+        usual = clean_reactions(react(known).numpy(), seed=0)
+        scores = torch.cat([usual.distance(react(test)), usual.distance(react(trigger(test)))]).numpy()
+    assert detection(scores, np.repeat([False, True], len(test))).auroc > 0.95
