@@ -1,8 +1,12 @@
 """Whole small data sets in memory, for making victims. Products stream; this does not."""
 
+import io
+import tarfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sanitize import storage
@@ -66,3 +70,21 @@ def _class_index(text: bytes, shard: Shard, key: str) -> int:
 def identity(patterns: tuple[str, ...]) -> list[str]:
     """What these shards are, wherever they lie: a hash of each."""
     return [head_tail_sha256(shard) for shard in list_shards(patterns)] if patterns else []
+
+
+def write_shard(path: Path, images: LabelledImages) -> None:
+    """PNG, class index and (when there are some) caption of every image, as one tar."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with tarfile.open(partial, "w") as tar:
+        for number, pixels in enumerate(images.pixels):
+            buffer = io.BytesIO()
+            Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(buffer, "PNG")
+            members = {"cls": str(int(images.labels[number])).encode(), "png": buffer.getvalue()}
+            if images.captions:
+                members["txt"] = images.captions[number].encode()
+            for extension, data in members.items():
+                info = tarfile.TarInfo(f"{path.stem}-{number:06d}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    partial.rename(path)

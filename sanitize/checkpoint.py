@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 import sanitize
 from sanitize import storage
@@ -21,7 +22,7 @@ from sanitize.errors import CheckpointError
 from sanitize.stages.decoder import Decoder
 from sanitize.stages.encoders import Encoder, load_encoder
 from sanitize.stages.images import DECODE_PATH
-from sanitize.stages.reactions import CleanReactions
+from sanitize.stages.reactions import CleanSignature
 from sanitize.stages.scoring import References, Scorer
 from sanitize.stages.text import TextEncoder
 
@@ -40,7 +41,7 @@ class Detector:
     encoder_fingerprint: str
     decoder: Decoder
     references: References
-    clean: CleanReactions | None
+    clean: CleanSignature | None
     scores: NDArray[np.float32]
     errors: NDArray[np.float32]
     scorer: str
@@ -66,7 +67,7 @@ def save(detector: Detector, folder: str) -> Detector:
     tensors = {f"decoder.{name}": t.contiguous().cpu() for name, t in detector.decoder.state_dict().items()}
     tensors |= {"references.mean": detector.references.mean, "references.mean_square": detector.references.mean_square}
     if detector.clean:
-        tensors |= {"clean.centre": detector.clean.centre, "clean.precision": detector.clean.precision}
+        tensors |= {f"clean.{name}": tensor.contiguous() for name, tensor in vars(detector.clean).items()}
     weights = safetensors.torch.save(tensors)
     storage.write_bytes(storage.join(folder, "decoder.safetensors"), weights)
     sink = pa.BufferOutputStream()
@@ -119,9 +120,7 @@ def load(folder: str) -> Detector:
         encoder_fingerprint=values["encoder_fingerprint"],
         decoder=decoder.eval().requires_grad_(False),
         references=References(tensors["references.mean"], tensors["references.mean_square"]),
-        clean=CleanReactions(tensors["clean.centre"], tensors["clean.precision"])
-        if "clean.centre" in tensors
-        else None,
+        clean=_clean_signature(tensors),
         scores=table.column("score").to_numpy(),
         errors=table.column("error").to_numpy(),
         scorer=values["scorer"],
@@ -130,6 +129,11 @@ def load(folder: str) -> Detector:
         summary=values["summary"],
         fingerprint=storage.file_sha256(path),
     )
+
+
+def _clean_signature(tensors: dict[str, Tensor]) -> CleanSignature | None:
+    found = {n.removeprefix("clean."): tensor for n, tensor in tensors.items() if n.startswith("clean.")}
+    return CleanSignature(**found) if found else None
 
 
 def _checked(folder: str, name: str, values: dict[str, Any]) -> bytes:

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from sanitize import checkpoint, preview, runtime, storage
 from sanitize.checkpoint import Detector
@@ -28,13 +29,13 @@ from sanitize.stages.decoder import Decoder
 from sanitize.stages.encoders import Encoder, load_encoder
 from sanitize.stages.images import shrink, to_batch
 from sanitize.stages.loader import picture_batches
-from sanitize.stages.reactions import clean_reactions
+from sanitize.stages.reactions import CleanSignature, clean_signature, neighbour_distance, signature
 from sanitize.stages.scoring import References, Scorer, embed, resolve_precision
 from sanitize.stages.shards import ShardReader, list_shards, open_shard
 from sanitize.training import Auxiliary, TrainingState, train_decoder
 
 log = logging.getLogger(__name__)
-REACTIONS = 2000  # training images behind the centre and covariance of clean reactions
+SIGNATURES = 2000  # training images behind the centre and covariance of clean signatures, and as many in the bank
 REFERENCES = 64  # reconstructions of other embeddings behind `error_reference`
 MIN_IMAGES = 32
 
@@ -218,10 +219,9 @@ def _calibrated(
     errors = scores = found.numpy()
     clean = None
     if config.scorer == "reaction":
-        sample = training.hashes[torch.randperm(len(training.hashes), generator=_generator(config.seed))[:REACTIONS]]
-        clean = clean_reactions(_reactions(config, shards, scorer, sample), config.seed)
-        observed = torch.from_numpy(_reactions(config, shards, scorer, held_out.hashes))
-        scores = clean.distance(observed).numpy()
+        clean = _clean(config, shards, scorer, training)
+        observed = _signatures(config, shards, scorer, held_out.hashes, clean.bank)
+        scores = clean.distance(torch.from_numpy(observed)).numpy()
     if not np.isfinite(scores).all():
         raise SanitizeError(
             "training diverged: calibration scores are not finite. Lower training.learning_rate and fit again."
@@ -271,10 +271,21 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _reactions(config: FitConfig, shards: list[Shard], scorer: Scorer, hashes: Tensor) -> NDArray[np.float32]:
-    """(N, V) reactions of the auxiliary images with these hashes (N, 32), by the scan's own decoding and embedding."""
+def _clean(config: FitConfig, shards: list[Shard], scorer: Scorer, training: Auxiliary) -> CleanSignature:
+    """From two halves of the training images: one is the bank of embeddings, the other is measured against it."""
+    order = torch.randperm(len(training.hashes), generator=_generator(config.seed))[: 2 * SIGNATURES]
+    kept, sample = order.chunk(2)
+    bank = functional.normalize(training.embeddings[kept].float(), dim=1)
+    return clean_signature(_signatures(config, shards, scorer, training.hashes[sample], bank), bank, config.seed)
+
+
+def _signatures(
+    config: FitConfig, shards: list[Shard], scorer: Scorer, hashes: Tensor, bank: Tensor
+) -> NDArray[np.float32]:
+    """(N, V + 2) signatures of the auxiliary images with these hashes (N, 32), by the scan's own decoding and embedding."""
     wanted = {bytes(row).hex() for row in hashes.numpy()}
     found: dict[str, NDArray[np.float32]] = {}
+    bank = bank.to(scorer.device)
     for shard in shards:
         if len(found) == len(wanted):
             break
@@ -285,7 +296,8 @@ def _reactions(config: FitConfig, shards: list[Shard], scorer: Scorer, hashes: T
             chosen = (s for s in samples if s.image and hashlib.sha256(s.image).hexdigest() in wanted)
             for pictures in picture_batches(chosen, config.batch_size, 2):
                 images, embeddings = scorer.embed(pictures)
-                rows = scorer.react(images, embeddings).cpu().numpy()
+                distances = neighbour_distance(embeddings, bank)
+                rows = signature(scorer.react(images, embeddings), embeddings.norm(dim=1), distances).cpu().numpy()
                 found |= {picture.sha256: row for picture, row in zip(pictures, rows, strict=True)}
     return np.stack([found[bytes(row).hex()] for row in hashes.numpy()])
 

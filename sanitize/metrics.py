@@ -15,7 +15,8 @@ class Detection:
 
     auroc: float
     auprc: float
-    tpr_at_1pct: float  # true-positive rate at 1 % false positives
+    tpr_at_01pct: float  # true-positive rate at 0.1 % false positives
+    tpr_at_1pct: float
     tpr_at_5pct: float
     fpr_at_95tpr: float
     clean: int
@@ -31,6 +32,7 @@ def detection(scores: NDArray[np.floating], poisoned: NDArray[np.bool_]) -> Dete
     return Detection(
         auroc=float(roc_auc_score(poisoned, scores)),
         auprc=float(average_precision_score(poisoned, scores)),
+        tpr_at_01pct=float(tpr[fpr <= 0.001].max()),
         tpr_at_1pct=float(tpr[fpr <= 0.01].max()),
         tpr_at_5pct=float(tpr[fpr <= 0.05].max()),
         fpr_at_95tpr=float(fpr[tpr >= 0.95].min()),

@@ -14,7 +14,7 @@ from sanitize.fit import fit
 from sanitize.metrics import detection
 from sanitize.scan import scan
 from sanitize.stages.encoders import Encoder, build_backbone
-from sanitize.stages.reactions import ALTERATIONS, FLOOR, clean_reactions, reactions
+from sanitize.stages.reactions import ALTERATIONS, FLOOR, clean_signature, neighbour_distance, reactions, signature
 
 
 def pictures(count, size=32, first=0):
@@ -52,14 +52,28 @@ def test_reactions_are_the_logarithm_of_the_cosine_change():
 def test_the_distance_is_mahalanobis_and_a_little_poison_does_not_move_the_centre():
     rng = np.random.default_rng(0)
     observed = rng.normal(size=(600, 4)).astype(np.float32) @ np.diag([1, 2, 0.5, 1]).astype(np.float32) + 3
-    clean = clean_reactions(observed, seed=0)
+    clean = clean_signature(observed, torch.zeros(1, 1), seed=0)
     point = torch.tensor([[4.0, 1.0, 3.5, 2.0]])
     offset = (point[0] - clean.centre).double().numpy()
     expected = np.sqrt(offset @ clean.precision.double().numpy() @ offset)
     assert float(clean.distance(point)) == pytest.approx(expected, rel=1e-5)
     assert clean.centre.numpy() == pytest.approx([3, 3, 3, 3], abs=0.3)
     poisoned = np.concatenate([observed, np.full((12, 4), 40, np.float32)])
-    assert clean_reactions(poisoned, seed=0).centre.numpy() == pytest.approx(clean.centre.numpy(), abs=0.1)
+    moved = clean_signature(poisoned, torch.zeros(1, 1), seed=0)
+    assert moved.centre.numpy() == pytest.approx(clean.centre.numpy(), abs=0.1)
+
+
+def test_the_signature_adds_length_and_distance_to_the_nearest_clean_embeddings():
+    generator = torch.Generator().manual_seed(0)
+    bank = torch.nn.functional.normalize(torch.randn(40, 6, generator=generator), dim=1)
+    embeddings = torch.randn(3, 6, generator=generator) * 4
+    distances = neighbour_distance(embeddings, bank)
+    for distance, embedding in zip(distances, embeddings, strict=True):
+        plain = sorted(float((embedding / embedding.norm() - other).norm()) for other in bank)
+        assert float(distance) == pytest.approx(plain[15], abs=1e-4)
+    found = signature(torch.zeros(3, 4), embeddings.norm(dim=1), distances)
+    assert found.shape == (3, 6)
+    assert found[:, 4].tolist() == pytest.approx(np.log(embeddings.norm(dim=1).numpy() + FLOOR).tolist(), abs=1e-5)
 
 
 # ---------------------------------------------------------------- effort
@@ -134,6 +148,6 @@ def test_a_planted_global_trigger_is_found():
             images = pixels.float() / 255
             return reactions(encoder, images, encoder(images))
 
-        usual = clean_reactions(react(known).numpy(), seed=0)
+        usual = clean_signature(react(known).numpy(), torch.zeros(1, 1), seed=0)
         scores = torch.cat([usual.distance(react(test)), usual.distance(react(trigger(test)))]).numpy()
     assert detection(scores, np.repeat([False, True], len(test))).auroc > 0.95

@@ -1,8 +1,9 @@
-"""How an embedding reacts when its picture is altered: the statistic behind the default score.
+"""How an embedding reacts when its picture is altered, and where it lies: the statistics behind the default score.
 
 A trigger that survives an alteration holds the embedding in place, whatever happens to the content; one that does not lets it
-go. Either way the pattern of changes is unlike that of clean pictures. Nothing is assumed about where the trigger is or what
-it looks like, and an encoder without a backdoor reacts to a trigger as to any other content, so the control stays near 0.5.
+go. Either way the pattern of changes is unlike that of clean pictures. With them go the length of the embedding and its
+distance to clean ones, which cost nothing more. Nothing is assumed about where the trigger is or what it looks like; an
+encoder without a backdoor reacts to a trigger as to any other content, so the control stays near 0.5.
 """
 
 import math
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 FLOOR = 1e-4  # of a cosine change: below it lies the rounding of bf16 encoders
+NEIGHBOURS = 16
 
 
 def grey(images: Tensor) -> Tensor:
@@ -64,25 +66,38 @@ def reactions(embed: Callable[[Tensor], Tensor], images: Tensor, embeddings: Ten
     return (changes + FLOOR).log().float()
 
 
+def neighbour_distance(embeddings: Tensor, bank: Tensor) -> Tensor:
+    """(B,) distance of each L2-normalised embedding to its 16th nearest in a bank (M, D) of clean unit embeddings; 0 to 2."""
+    cosine = functional.normalize(embeddings, dim=1) @ bank.T
+    nearest = cosine.topk(min(NEIGHBOURS, len(bank)), dim=1).values[:, -1]
+    return (2 - 2 * nearest).clamp(min=0).sqrt()
+
+
+def signature(observed: Tensor, norms: Tensor, distances: Tensor) -> Tensor:
+    """(B, V + 2): reactions (B, V), and the logarithms of raw norm (B,) and neighbour distance (B,)."""
+    return torch.cat([observed, (norms + FLOOR).log()[:, None], (distances + FLOOR).log()[:, None]], dim=1)
+
+
 @dataclass(frozen=True)
-class CleanReactions:
-    """Centre (V,) and precision (V, V) of the reactions of clean pictures."""
+class CleanSignature:
+    """Centre (V + 2,) and precision (V + 2, V + 2) of clean pictures' signatures; bank (M, D) of clean unit embeddings."""
 
     centre: Tensor
     precision: Tensor
+    bank: Tensor
 
-    def distance(self, observed: Tensor) -> Tensor:
-        """(B, V) → (B,) Mahalanobis distance, unitless."""
-        offset = observed - self.centre
+    def distance(self, found: Tensor) -> Tensor:
+        """(B, V + 2) → (B,) Mahalanobis distance, unitless."""
+        offset = found - self.centre
         return torch.einsum("bi,ij,bj->b", offset, self.precision, offset).clamp(min=0).sqrt()
 
-    def to(self, device: torch.device) -> "CleanReactions":
-        return CleanReactions(self.centre.to(device), self.precision.to(device))
+    def to(self, device: torch.device) -> "CleanSignature":
+        return CleanSignature(self.centre.to(device), self.precision.to(device), self.bank.to(device))
 
 
-def clean_reactions(observed: NDArray[np.float32], seed: int) -> CleanReactions:
-    """Robust centre and covariance (minimum covariance determinant) of (N, V), so that a little poison does not move them."""
-    estimate = MinCovDet(support_fraction=0.9, random_state=seed).fit(observed.astype(np.float64))
-    ridge = 1e-3 * np.trace(estimate.covariance_) / observed.shape[1]
-    precision = np.linalg.inv(estimate.covariance_ + ridge * np.eye(observed.shape[1]))
-    return CleanReactions(torch.from_numpy(estimate.location_).float(), torch.from_numpy(precision).float())
+def clean_signature(found: NDArray[np.float32], bank: Tensor, seed: int) -> CleanSignature:
+    """Robust centre and covariance (minimum covariance determinant) of (N, V + 2), so that a little poison moves neither."""
+    estimate = MinCovDet(support_fraction=0.9, random_state=seed).fit(found.astype(np.float64))
+    ridge = 1e-3 * np.trace(estimate.covariance_) / found.shape[1]
+    precision = np.linalg.inv(estimate.covariance_ + ridge * np.eye(found.shape[1]))
+    return CleanSignature(torch.from_numpy(estimate.location_).float(), torch.from_numpy(precision).float(), bank)

@@ -34,7 +34,8 @@ SCHEMA = pa.schema(
         ("error_reference", pa.float32()),
         ("embedding_norm", pa.float32()),
         ("text_similarity", pa.float32()),  # null unless captions were read
-        *((f"reaction_{name}", pa.float32()) for name in ALTERATIONS),  # null unless the picture was altered
+        ("neighbour_distance", pa.float32()),  # this and the reactions: null unless the picture was altered
+        *((f"reaction_{name}", pa.float32()) for name in ALTERATIONS),
     ]
 )
 ROW_GROUP = 16_384  # rows held in memory before they are written
@@ -69,6 +70,7 @@ def rows(shard: str, pictures: Sequence[Picture], scores: Scores, calibration: N
             column(scores.error_reference),
             column(scores.embedding_norm),
             column(scores.text_similarity),
+            column(scores.neighbour_distance),
             *(column(values) for values in scores.reactions),
         ],
         schema=SCHEMA,

@@ -2,7 +2,7 @@
 
 `paper`: the reference score of DeDe, sum of squared differences over hidden pixels in normalised units (card section 4).
 `lowres`: mean squared difference at the decoder's (low) resolution.
-`reaction`: how unlike clean pictures' the embedding reacts to alterations of the picture (stages/reactions.py); a picture
+`reaction`: how unlike clean pictures' the embedding lies and reacts to alterations of the picture (stages/reactions.py); a picture
 whose `lowres` error is below a gate is not altered, its score is error - gate, below every distance.
 """
 
@@ -21,7 +21,7 @@ from sanitize.records import Picture
 from sanitize.stages.decoder import Decoder, hidden_pixels, patch_order, visible_count
 from sanitize.stages.encoders import Encoder
 from sanitize.stages.images import shrink, to_batch
-from sanitize.stages.reactions import ALTERATIONS, CleanReactions, reactions
+from sanitize.stages.reactions import ALTERATIONS, CleanSignature, neighbour_distance, reactions, signature
 from sanitize.stages.text import TextEncoder
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,8 @@ class Scores:
     """Columns of one batch, each (B,) float32; NaN where the model gave no finite number or had no memory for the picture.
 
     text_similarity: cosine of image and caption embeddings, NaN as well where there is no caption.
-    reactions: (V, B), one row for each alteration, NaN as well where the picture was not altered.
+    neighbour_distance: of the embedding to clean ones; reactions: (V, B), one row for each alteration. NaN as well where the
+    picture was not altered.
     """
 
     score: Floats
@@ -41,6 +42,7 @@ class Scores:
     error_reference: Floats
     embedding_norm: Floats
     text_similarity: Floats
+    neighbour_distance: Floats
     reactions: Floats
 
 
@@ -77,7 +79,8 @@ SCORERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "lowres": mean_score,
     "reaction": mean_score,
 }
-COLUMNS = 5 + len(ALTERATIONS)  # score, error, error_reference, embedding_norm, text_similarity, reactions
+# score, error, error_reference, embedding_norm, text_similarity, neighbour_distance, reactions
+COLUMNS = 6 + len(ALTERATIONS)
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -108,7 +111,7 @@ class Scorer:
         precision: str,
         device: torch.device,
         text: TextEncoder | None = None,
-        clean: CleanReactions | None = None,
+        clean: CleanSignature | None = None,
         gate: float = -math.inf,
     ) -> None:
         """clean, gate: of the scorer `reaction`; pictures with an error below `gate` are not altered."""
@@ -131,8 +134,8 @@ class Scorer:
         parts = [self._score_or_halve(pictures[i : i + size]) for i in range(0, len(pictures), max(size, 1))]
         columns = torch.cat(parts, dim=1).numpy() if parts else np.empty((COLUMNS, 0), np.float32)
         columns = np.where(np.isfinite(columns[:4]).all(axis=0), columns, np.float32("nan"))
-        score, error, reference, norm, similarity, *observed = columns
-        return Scores(score, error, reference, norm, similarity, np.stack(observed))
+        score, error, reference, norm, similarity, distance, *observed = columns
+        return Scores(score, error, reference, norm, similarity, distance, np.stack(observed))
 
     def _score_or_halve(self, pictures: Sequence[Picture]) -> Tensor:
         try:
@@ -157,17 +160,21 @@ class Scorer:
         targets = normalised(images, self.encoder, self.decoder.config.image_size)
         reconstructions, hidden = self.reconstruct(embeddings, targets, [p.sha256 for p in pictures])
         error = mean_score(targets, reconstructions, hidden)
-        score, observed = self.score(targets, reconstructions, hidden), self._unaltered(len(pictures))
+        score, norms = self.score(targets, reconstructions, hidden), embeddings.norm(dim=1)
+        observed, distances = self._unaltered(len(pictures)), torch.full_like(error, float("nan"))
         if self.clean:
             passed = error >= self.gate
             observed[passed] = self.react(images[passed], embeddings[passed])
-            score = torch.where(passed, self.clean.distance(observed), error - self.gate)
+            distances[passed] = neighbour_distance(embeddings[passed], self.clean.bank)
+            found = signature(observed, norms, distances)
+            score = torch.where(passed, self.clean.distance(found), error - self.gate)
         columns = (
             score,
             error,
             reference_error(targets, self.references, hidden),
-            embeddings.norm(dim=1),
+            norms,
             self.text_similarity(embeddings, [p.caption for p in pictures]),
+            distances,
         )
         return torch.cat([torch.stack(columns), observed.T])
 
