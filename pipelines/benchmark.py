@@ -24,12 +24,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines import red_team
+from pipelines import page, red_team
 from pipelines.data import LabelledImages, load_images, write_shard
-from sanitize import checkpoint, storage
+from sanitize import checkpoint, runtime, storage
 from sanitize.attacks import tiny_clip
 from sanitize.attacks.triggers import Trigger, chosen, make_trigger
-from sanitize.config import FitConfig, check, from_mapping, load_encoder_spec, load_yaml, overlay, preset
+from sanitize.config import (
+    FitConfig,
+    ThresholdPolicy,
+    check,
+    from_mapping,
+    load_encoder_spec,
+    load_yaml,
+    overlay,
+    preset,
+)
 from sanitize.detectors import bank
 from sanitize.detectors.bank import Bank
 from sanitize.errors import SanitizeError
@@ -37,6 +46,7 @@ from sanitize.fit import fit
 from sanitize.metrics import detection
 from sanitize.records import Picture
 from sanitize.stages.encoders import load_encoder
+from sanitize.stages.thresholds import cut_off
 
 log = logging.getLogger(__name__)
 Scorer = Callable[[Tensor, Tensor], Tensor]
@@ -57,8 +67,8 @@ class BenchmarkConfig:
     """detectors: by name, either {scorer, effort, column, fit: settings of FitConfig} or {detector: <file>, its settings};
                `only: {aux: [...], seeds: [...]}` limits where an expensive one runs
 
-    poisoned_auxiliary: share of triggered images in the extra auxiliary set "poisoned", made from the first; 0 = none. It is
-                        measured with the first seed only
+    poisoned_auxiliary: share of triggered images in the extra auxiliary set "poisoned", made from the first; 0 = none
+    first_seed_only: auxiliary sets that are measured with the first seed only
     seeds: of the fit, the calibration split and the draw of the pools
     """
 
@@ -74,6 +84,7 @@ class BenchmarkConfig:
     auxiliary_images: int = 8000
     test_images: int = 0
     poisoned_auxiliary: float = 0.01
+    first_seed_only: tuple[str, ...] = ()
     fit: dict[str, Any] = field(default_factory=dict)
 
 
@@ -128,7 +139,7 @@ def run(config: BenchmarkConfig) -> list[Row]:
             for seed in config.seeds:
                 for detector, settings in config.detectors.items():
                     only = settings.get("only", {})
-                    skipped = aux == "poisoned" and seed != config.seeds[0]
+                    skipped = aux in config.first_seed_only and seed != config.seeds[0]
                     if aux in only.get("aux", [aux]) and seed in only.get("seeds", [seed]) and not skipped:
                         rows += measure(config, victim, aux, seed, detector, settings)
                 write_table(config.table, rows)
@@ -237,9 +248,8 @@ def scored(
     config: BenchmarkConfig, victim: Victim, kind: str, aux: str, seed: int, detector: str, settings: dict[str, Any]
 ) -> Scored:
     """From an earlier run, or computed now."""
-    key = storage.json_sha256([settings, config.fit, config.auxiliary_images, config.test_images])[:8]
     folder = Path(config.out) / victim.name / f"{kind}-{aux}-{seed}"
-    path = folder / f"{detector}-{key}.npz"
+    path = folder / f"{detector}-{scores_key(config, settings)}.npz"
     if not path.exists():
         settings = {name: value for name, value in settings.items() if name != "only"}
         folder.mkdir(parents=True, exist_ok=True)
@@ -270,17 +280,14 @@ def product(
         "seed": seed,
         "workers": 0,
     }
-    fit_key = [settings.get("preset"), settings["scorer"], settings.get("fit"), config.fit, config.auxiliary_images]
-    fitted = folder / f"detector-{storage.json_sha256(fit_key)[:8]}"
+    fitted = fitted_folder(config, settings, folder)
     timer = fitted / "seconds.json"
     start = time.monotonic()
     detector = fit(from_mapping(FitConfig, values | {"out": str(fitted)}, "fit"))
     if not timer.exists():
         storage.write_json(str(timer), {"seconds": time.monotonic() - start})
     encoder = checkpoint.load_matching_encoder(detector, None)
-    scorer = checkpoint.scorer(
-        detector, encoder, "auto", torch.device("cpu"), effort=settings.get("effort", "thorough")
-    )
+    scorer = checkpoint.scorer(detector, encoder, "auto", runtime.device(), effort=settings.get("effort", "thorough"))
     column = settings.get("column", "score")
     start = time.monotonic()
     clean, triggered = (
@@ -289,6 +296,16 @@ def product(
     )
     seconds = time.monotonic() - start
     return Scored(clean, triggered, storage.read_json(str(timer))["seconds"], (len(clean) + len(triggered)) / seconds)
+
+
+def fitted_folder(config: BenchmarkConfig, settings: dict[str, Any], folder: Path) -> Path:
+    """Detectors with equal fit settings share it."""
+    key = [settings.get("preset"), settings["scorer"], settings.get("fit"), config.fit, config.auxiliary_images]
+    return folder / f"detector-{storage.json_sha256(key)[:8]}"
+
+
+def scores_key(config: BenchmarkConfig, settings: dict[str, Any]) -> str:
+    return storage.json_sha256([settings, config.fit, config.auxiliary_images, config.test_images])[:8]
 
 
 def pictures(images: Tensor) -> list[Picture]:
@@ -301,7 +318,7 @@ def baseline(
 ) -> Scored:
     """A file of sanitize/detectors, in memory; it sees what a fit would see. Embedding the images counts as its time."""
     values = {name: value for name, value in settings.items() if name != "detector"}
-    encoder = load_encoder(load_encoder_spec(victim.encoders[kind]))
+    encoder = load_encoder(load_encoder_spec(victim.encoders[kind])).to(runtime.device())
     size = encoder.spec.image_size
     if "other" in values:  # an independent encoder: the clean one of another victim
         other, _ = red_team.make(values["other"], config.preset, config.zoo)
@@ -323,7 +340,11 @@ def embedded(encoder: str, pattern: str, limit: int, size: int) -> tuple[Tensor,
     """Auxiliary images, their embeddings, and the seconds the embedding took."""
     known = load_images((pattern,), limit, size, labelled=False).pixels
     start = time.monotonic()
-    return known, bank.embed(load_encoder(load_encoder_spec(encoder)), known), time.monotonic() - start
+    return (
+        known,
+        bank.embed(load_encoder(load_encoder_spec(encoder)).to(runtime.device()), known),
+        time.monotonic() - start,
+    )
 
 
 POOLS: dict[tuple[str, str], tuple[Tensor, float]] = {}
@@ -333,7 +354,7 @@ def embedded_pool(victim: Victim, kind: str) -> tuple[Tensor, float]:
     """Embeddings of the clean and triggered test images, computed once, and the seconds that took."""
     key = (victim.name, kind)
     if key not in POOLS:
-        encoder = load_encoder(load_encoder_spec(victim.encoders[kind]))
+        encoder = load_encoder(load_encoder_spec(victim.encoders[kind])).to(runtime.device())
         start = time.monotonic()
         POOLS[key] = bank.embed(encoder, torch.cat([victim.test, victim.triggered])), time.monotonic() - start
     return POOLS[key]
@@ -348,9 +369,81 @@ def write_table(path: str, rows: Sequence[Row]) -> None:
     storage.write_bytes(path, text.getvalue().encode())
 
 
+# ---------------------------------------------------------------- what the documentation shows
+
+
+def summary(rows: Sequence[Row], aux: str) -> str:
+    """Balanced pool of one auxiliary set: TPR at 1 % FPR / AUROC, and the control; means over seeds (± half the range)."""
+    rows = [row for row in rows if row["aux"] == aux and row["poison_rate"] == BALANCED]
+    attacks, detectors = (list(dict.fromkeys(row[name] for row in rows)) for name in ("attack", "detector"))
+    header = ["detector", *attacks]
+    lines = [
+        [name, *(_cell([r for r in rows if (r["detector"], r["attack"]) == (name, a)]) for a in attacks)]
+        for name in detectors
+    ]
+    return page.table(header, lines)
+
+
+def _cell(rows: Sequence[Row]) -> str:
+    if not rows:
+        return "-"
+    tpr, auroc, control = (np.array([row[name] for row in rows]) for name in ("tpr_at_1pct", "auroc", "control_auroc"))
+    spread = f" ± {np.ptp(tpr) / 2:.3f}" if len(rows) > 1 else ""
+    return f"{tpr.mean():.3f}{spread} / {auroc.mean():.3f}, control {control.mean():.2f}"
+
+
+def by_rate(rows: Sequence[Row], default: str) -> str:
+    """The default detector at every poison rate: AUPRC, TPR at 0.1 % and 1 % FPR; means over attacks' seeds."""
+    rows = [row for row in rows if row["detector"] == default]
+    keys = list(dict.fromkeys((row["aux"], row["attack"], row["poison_rate"]) for row in rows))
+    lines = []
+    for key in keys:
+        own = [row for row in rows if (row["aux"], row["attack"], row["poison_rate"]) == key]
+        means = [
+            f"{np.mean([row[name] for row in own]):.3f}" for name in ("auroc", "auprc", "tpr_at_0.1pct", "tpr_at_1pct")
+        ]
+        lines.append([*key, *means, len(own)])
+    return page.table(
+        ["auxiliary", "attack", "poison rate", "AUROC", "AUPRC", "TPR at 0.1 %", "TPR at 1 %", "seeds"], lines
+    )
+
+
+def false_positives(config: BenchmarkConfig) -> str:
+    """Share of clean test images above the calibrated cut-off of nominal 1 %: mean and highest over seeds."""
+    lines = []
+    for name, values in config.victims.items():
+        for aux in values["auxiliary"]:
+            for detector, settings in config.detectors.items():
+                if settings.get("scorer") and not settings.get("column"):
+                    seeds = config.seeds[:1] if aux in config.first_seed_only else config.seeds
+                    found = [_false_positive_rate(config, name, aux, s, detector, settings) for s in seeds]
+                    lines.append([aux, name, detector, f"{np.mean(found):.2%}", f"{max(found):.2%}"])
+    return page.table(["auxiliary", "attack", "detector", "mean", "highest"], lines)
+
+
+def _false_positive_rate(
+    config: BenchmarkConfig, name: str, aux: str, seed: int, detector: str, settings: dict[str, Any]
+) -> float:
+    folder = Path(config.out) / name / f"backdoored-{aux}-{seed}"
+    calibration = checkpoint.load(str(fitted_folder(config, settings, folder))).calibration(
+        settings.get("effort", "thorough")
+    )
+    cut = cut_off(calibration, calibration, ThresholdPolicy())
+    with np.load(folder / f"{detector}-{scores_key(config, settings)}.npz") as arrays:
+        return float((arrays["clean"] > np.float32(cut)).mean())
+
+
+def write_pages(config: BenchmarkConfig, markdown_page: str, rows: Sequence[Row]) -> None:
+    for aux in dict.fromkeys(row["aux"] for row in rows):
+        page.replace(markdown_page, f"balanced {aux}", summary(rows, aux))
+    page.replace(markdown_page, "rates", by_rate(rows, config.default))
+    page.replace(markdown_page, "false positives", false_positives(config))
+
+
 @click.command()
 @click.argument("config", type=click.Path(exists=True))
-def main(config: str) -> None:
+@click.option("--page", "markdown_page", default="", help="Markdown page whose tables are written anew from the rows.")
+def main(config: str, markdown_page: str) -> None:
     """Measure every detector on every victim as CONFIG says; finished scores are reused."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("sanitize").setLevel(logging.WARNING)
@@ -360,7 +453,9 @@ def main(config: str) -> None:
             settings.default in settings.detectors,
             f"{config}: default {settings.default!r} is not among the detectors.",
         )
-        run(settings)
+        rows = run(settings)
+        if markdown_page:
+            write_pages(settings, markdown_page, rows)
     except SanitizeError as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -20,7 +20,7 @@ from typing import Any
 import click
 import torch
 
-from pipelines import clip_victim, ssl_victim
+from pipelines import clip_victim, page, ssl_victim
 from sanitize import storage
 from sanitize.attacks.evaluation import AttackReport
 from sanitize.config import check, from_mapping, load_yaml, overlay, to_mapping
@@ -117,30 +117,13 @@ def write_table(path: str, rows: Sequence[Row]) -> None:
     storage.write_bytes(path, text.getvalue().encode())
 
 
-BEGIN, END = "<!-- red_team.csv: begin -->", "<!-- red_team.csv: end -->"
-
-
-def write_page(page: str, rows: Sequence[Row]) -> None:
-    """Replace what stands between the two markers of a Markdown page by the table."""
-    text = storage.read_bytes(page).decode()
-    check(
-        BEGIN in text and END in text, f"{page}: the markers {BEGIN} and {END} are missing. Put them around the table."
-    )
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    storage.write_bytes(page, f"{before}{BEGIN}\n{markdown(rows)}\n{END}{after}".encode())
-
-
 def markdown(rows: Sequence[Row]) -> str:
-    head = (
-        "| attack | preset | seed | clean accuracy | backdoored accuracy | attack success | same trigger, clean encoder | "
-        "cosine among triggered | seconds |\n|---|---|---|---|---|---|---|---|---|"
+    header = (
+        *("attack", "preset", "seed", "clean accuracy", "backdoored accuracy", "attack success"),
+        *("same trigger, clean encoder", "cosine among triggered", "seconds"),
     )
-    lines = [
-        f"| {r.attack} | {r.preset} | {r.seed} | {r.clean_accuracy:.3f} | {r.backdoored_accuracy:.3f} | {r.asr:.3f} | "
-        f"{r.asr_clean_encoder:.3f} | {r.cos_triggered:.3f} | {r.seconds} |"
-        for r in rows
-    ]
-    return "\n".join([head, *lines])
+    cells = [[f"{v:.3f}" if isinstance(v, float) else v for v in dataclasses.astuple(row)] for row in rows]
+    return page.table(header, cells)
 
 
 LABELS = {
@@ -171,9 +154,9 @@ def evaluation_table(folder: str) -> str:
 @click.option("--zoo", default="runs/zoo", show_default=True, help="Folder of all victims and their clean encoders.")
 @click.option("--out", default="", help="The victim's own folder, when CONFIGS is one file.")
 @click.option("--results", default="", help="CSV to update [default: <zoo>/red_team.csv]")
-@click.option("--page", default="", help="Markdown page whose table is written anew from the CSV.")
+@click.option("--page", "markdown_page", default="", help="Markdown page whose table is written anew from the CSV.")
 def main(
-    configs: tuple[str, ...], preset: str, seeds: tuple[int, ...], zoo: str, out: str, results: str, page: str
+    configs: tuple[str, ...], preset: str, seeds: tuple[int, ...], zoo: str, out: str, results: str, markdown_page: str
 ) -> None:
     """Make the victims that CONFIGS describe and measure the attacks; finished ones are reused."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -188,8 +171,8 @@ def main(
             folder, row = make(config, preset, zoo.rstrip("/"), seed, out.rstrip("/"))
             click.echo(f"{folder}\n{evaluation_table(folder)}")
             write_table(results, merged([row], results))
-            if page:
-                write_page(page, read_table(results))
+            if markdown_page:
+                page.replace(markdown_page, "red_team.csv", markdown(read_table(results)))
     except SanitizeError as error:
         raise SystemExit(f"error: {error}") from None
 

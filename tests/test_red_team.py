@@ -7,7 +7,7 @@ import torch
 import yaml
 from builders import PlantedEncoder, encoded, write_tar
 
-from pipelines import red_team
+from pipelines import page, red_team
 from pipelines.data import load_images
 from sanitize.attacks import tiny_clip
 from sanitize.attacks.backdoor import raw_embeddings, unit
@@ -152,17 +152,17 @@ def test_a_new_row_replaces_the_one_of_the_same_attack_preset_and_seed(tmp_path)
 
 
 def test_the_page_is_the_table(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{red_team.BEGIN}\nold\n{red_team.END}\nafter\n")
-    red_team.write_page(str(page), [row("a")])
-    text = page.read_text()
+    path = tmp_path / "page.md"
+    path.write_text("before\n<!-- t: begin -->\nold\n<!-- t: end -->\nafter\n")
+    page.replace(str(path), "t", red_team.markdown([row("a")]))
+    text = path.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "| a | cpu | 100 | 0.900 | 0.800 | 0.500 | 0.100 | 0.700 | 12 |" in text
     assert "old" not in text
-    page.write_text("no markers")
+    path.write_text("no markers")
     with pytest.raises(ConfigError, match="the markers .* are missing. Put them around the table"):
-        red_team.write_page(str(page), [row("a")])
+        page.replace(str(path), "t", "")
 
 
 def test_the_published_page_shows_the_published_table():

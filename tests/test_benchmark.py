@@ -1,0 +1,117 @@
+"""The detection benchmark: pools, rows, reuse; on a tiny victim."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from builders import write_tar
+from test_red_team import shape_members
+
+from pipelines import benchmark
+from pipelines.benchmark import BenchmarkConfig, Scored, pool
+from sanitize.config import from_mapping, load_yaml
+from sanitize.detectors import bank
+from sanitize.errors import ConfigError
+
+
+@pytest.fixture
+def study(tmp_path):
+    """One victim made on coloured shapes, two detectors, one seed."""
+    for name, count, seed in (("train", 96, 0), ("test", 60, 1), ("aux", 320, 2)):
+        write_tar(tmp_path / name / "s.tar", shape_members(count, seed))
+    folder = str(tmp_path)
+    victim = {
+        "attack": "badencoder",
+        "target": 4,
+        "classes": 6,
+        "trigger": {"name": "patch", "side": 5},
+        "encoder": {"architecture": "resnet10-cifar", "image_size": 32, "width": 4, "stem_stride": 2},
+        "data": {"pretrain": [f"{folder}/train"], "train": [f"{folder}/train"], "test": [f"{folder}/test"]},
+        "simclr": {"epochs": 1, "batch_size": 32, "projection": 8},
+        "badencoder": {"epochs": 1, "batch_size": 32},
+        "head": {"epochs": 2},
+        "presets": {"cpu": {}},
+    }
+    (tmp_path / "red_team_tiny.yaml").write_text(yaml.safe_dump(victim))
+    values = {
+        "out": f"{folder}/out",
+        "table": f"{folder}/table.csv",
+        "zoo": f"{folder}/zoo",
+        "preset": "cpu",
+        "default": "reaction",
+        "victims": {
+            "tiny": {
+                "config": f"{folder}/red_team_tiny.yaml",
+                "test": f"{folder}/test",
+                "auxiliary": {"id": f"{folder}/aux"},
+            }
+        },
+        "detectors": {"reaction": {"scorer": "reaction"}, "norm": {"detector": "norm"}},
+        "rates": [0.05],
+        "seeds": [0],
+        "auxiliary_images": 320,
+        "fit": {
+            "decoder": {
+                "image_size": 8,
+                "patch_size": 4,
+                "width": 16,
+                "heads": 2,
+                "encoder_depth": 1,
+                "decoder_depth": 1,
+            },
+            "training": {"epochs": 1, "batch_size": 32, "precision": "fp32", "calibration_fraction": 0.5},
+        },
+    }
+    return from_mapping(BenchmarkConfig, values, "test")
+
+
+PAGE = ("balanced id", "balanced poisoned", "rates", "false positives")
+
+
+def test_every_detector_gets_a_row_for_every_auxiliary_set_and_rate_and_the_page_shows_them(study, tmp_path):
+    rows = benchmark.run(study)
+    found = {(r["aux"], r["poison_rate"], r["detector"]) for r in rows}
+    assert found == {(a, p, d) for a in ("id", "poisoned") for p in (0.05, 0.5) for d in ("reaction", "norm")}
+    assert {r["is_default"] for r in rows if r["detector"] == "reaction"} == {1}
+    assert all(tuple(row) == benchmark.COLUMNS for row in rows)
+    assert all(
+        0 <= row[name] <= 1 for row in rows for name in ("auroc", "auprc", "tpr_at_1pct", "control_auroc", "asr")
+    )
+    assert len(Path(study.table).read_text().splitlines()) == len(rows) + 1
+    markers = "".join(f"<!-- {n}: begin -->\n<!-- {n}: end -->\n" for n in PAGE)
+    (tmp_path / "page.md").write_text(markers)
+    benchmark.write_pages(study, str(tmp_path / "page.md"), rows)
+    text = (tmp_path / "page.md").read_text()
+    assert text.count("| reaction |") == 3  # two auxiliary sets, and the false positives
+    assert "| id | tiny | 0.05 |" in text
+
+
+def test_finished_scores_are_reused(study, monkeypatch):
+    first = benchmark.run(study)
+    monkeypatch.setattr(benchmark, "product", None)  # would fail when called
+    monkeypatch.setattr(benchmark, "baseline", None)
+    assert benchmark.run(study) == first
+
+
+def test_a_pool_holds_all_clean_images_and_the_asked_share_of_triggered_ones():
+    found = Scored(np.arange(900, dtype=np.float32), np.full(700, 5000, np.float32), 0, 0)
+    for rate, poisoned in ((0.001, 1), (0.01, 9), (0.1, 100), (0.5, 700)):
+        scores, truth = pool(found, rate, seed=0)
+        assert (len(scores) - 900, truth.sum(), truth[:900].sum()) == (poisoned, poisoned, 0)
+
+
+def test_the_published_configuration_names_detectors_and_victims_that_exist():
+    config = from_mapping(BenchmarkConfig, load_yaml("configs/benchmark_cpu.yaml"), "benchmark_cpu")
+    assert config.default in config.detectors
+    assert all(Path(values["config"]).exists() for values in config.victims.values())
+    for settings in config.detectors.values():
+        if "detector" in settings:
+            bank.load(settings["detector"])
+
+
+def test_an_unknown_detector_lists_the_known_ones(study):
+    wrong = dataclasses.replace(study, detectors={"x": {"detector": "wishful"}})
+    with pytest.raises(ConfigError, match="detector 'wishful' is not known. Use one of activation_clustering"):
+        benchmark.run(wrong)
