@@ -21,12 +21,6 @@ FLOOR = 1e-4  # of a cosine change: below it lies the rounding of bf16 encoders
 NEIGHBOURS = 16
 
 
-def grey(images: Tensor) -> Tensor:
-    """Luminance in all three channels (BT.601 weights)."""
-    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)
-    return (images * weights).sum(dim=1, keepdim=True).expand_as(images)
-
-
 def blur(images: Tensor) -> Tensor:
     """Binomial 3 x 3 filter of a 32-pixel picture, the same share of the picture for larger ones."""
     step = max(images.shape[-1] // 32, 1)
@@ -51,8 +45,17 @@ def turn(images: Tensor, degrees: float = 8.0) -> Tensor:
     return functional.grid_sample(images, grid.to(images.device), padding_mode="reflection", align_corners=False)
 
 
-# (B, 3, S, S) float32 in [0, 1] → the same; each costs one pass of the encoder
-ALTERATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"grey": grey, "blur": blur, "coarse": coarse, "turn": turn}
+def noise(images: Tensor) -> Tensor:
+    """Plus one fixed draw of Gaussian noise, standard deviation 8 / 255, at 32 x 32 places (fewer in smaller pictures)."""
+    side = images.shape[-1]
+    drawn = np.random.default_rng(0).normal(0, 8 / 255, (1, 3, 32, 32)).astype(np.float32)
+    pattern = torch.from_numpy(drawn).to(images.device)[..., : min(side, 32), : min(side, 32)]
+    return (images + functional.interpolate(pattern, (side, side), mode="nearest")).clamp(0, 1)
+
+
+# (B, 3, S, S) float32 in [0, 1] → the same; each costs one pass of the encoder. Making the picture grey would do as well, but
+# leaves pictures that are grey already as they are, and so flags every black-and-white photograph.
+ALTERATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"noise": noise, "blur": blur, "coarse": coarse, "turn": turn}
 
 
 def reactions(embed: Callable[[Tensor], Tensor], images: Tensor, embeddings: Tensor) -> Tensor:
