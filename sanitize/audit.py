@@ -4,7 +4,7 @@ import base64
 import html
 import logging
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,14 +48,15 @@ def audit(out: str, truth: str = "", top: int = 32) -> AuditResult:
     if not storage.exists(storage.join(out, "run.json")):
         raise ConfigError(f"{out}: no scan there (run.json is missing). Give the folder that `sanitize scan` wrote.")
     run = storage.read_json(storage.join(out, "run.json"))
+    summary_path = storage.join(out, "summary.json")
+    summary = storage.read_json(summary_path) if storage.exists(summary_path) else {}
     scored = _read(out, sorted(run["shards"]))
+    scored = replace(scored, scores=_decided(out, len(scored.scores))) if summary else scored
     finite = np.isfinite(scored.scores)
     if not finite.any():
         raise ConfigError(
             f"{out}: no sample has a score; nothing to audit. Look at the `reason` column in scores/*.parquet."
         )
-    summary_path = storage.join(out, "summary.json")
-    summary = storage.read_json(summary_path) if storage.exists(summary_path) else {}
     threshold = float(summary["threshold"]) if summary else None
     poisoned = _poisoned(scored, truth) if truth else None
     quality = detection(scored.scores[finite], poisoned[finite]) if poisoned is not None else None
@@ -94,6 +95,16 @@ def _read(out: str, stems: list[str]) -> Scored:
         np.concatenate([score_table.numbers(table, name) for table in tables]) for name in columns[4:]
     )
     return Scored(by_column["shard"], by_column["key"], by_column["index"], by_column["status"], scores, similarities)
+
+
+def _decided(out: str, count: int) -> NDArray[np.float32]:
+    """(N,) the scores that the decision was made by; they differ from the table's where pass 2 adapted them to the scan."""
+    scores = score_table.numbers(score_table.read(storage.join(out, "decisions.parquet"), ["score"]), "score")
+    if len(scores) != count:
+        raise ConfigError(
+            f"{out}: decisions.parquet covers {len(scores)} samples, the score table {count}. Run `sanitize clean {out}` first."
+        )
+    return scores
 
 
 def _poisoned(scored: Scored, truth: str) -> NDArray[np.bool_]:

@@ -26,13 +26,13 @@ from sanitize.stages.reactions import CleanSignature
 from sanitize.stages.scoring import References, Scorer
 from sanitize.stages.text import TextEncoder
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FAST = 0.2  # share of clean pictures that effort "fast" alters
 
 
 @dataclass(frozen=True)
 class Detector:
-    """Everything a scan needs. Scores and errors are those of held-out auxiliary images, aligned, (n,) float32.
+    """Everything a scan needs. Scores and first looks are those of held-out auxiliary images, aligned, (n,) float32.
 
     clean: of the scorer `reaction`, else None.
     """
@@ -43,7 +43,7 @@ class Detector:
     references: References
     clean: CleanSignature | None
     scores: NDArray[np.float32]
-    errors: NDArray[np.float32]
+    first_looks: NDArray[np.float32]  # of the scorer `reaction`, else the scores again
     scorer: str
     mask_ratio: float
     seed: int
@@ -51,15 +51,15 @@ class Detector:
     fingerprint: str = ""  # of the folder; known after save or load
 
     def gate(self, effort: str) -> float:
-        """The error below which `effort` does not look twice. fast: the quantile that FAST of clean pictures exceed."""
+        """The first look below which `effort` does not look twice. fast: the quantile that FAST of clean pictures exceed."""
         if self.clean is None or effort == "thorough":
             return -math.inf
-        return float(np.quantile(self.errors, 1 - FAST))
+        return float(np.quantile(self.first_looks, 1 - FAST))
 
     def calibration(self, effort: str) -> NDArray[np.float32]:
         """The null distribution of the score under `effort`, sorted upwards."""
         gate = self.gate(effort)
-        return np.sort(np.where(self.errors >= gate, self.scores, self.errors - np.float32(gate)))
+        return np.sort(np.where(self.first_looks >= gate, self.scores, self.first_looks - np.float32(gate)))
 
 
 def save(detector: Detector, folder: str) -> Detector:
@@ -71,7 +71,7 @@ def save(detector: Detector, folder: str) -> Detector:
     weights = safetensors.torch.save(tensors)
     storage.write_bytes(storage.join(folder, "decoder.safetensors"), weights)
     sink = pa.BufferOutputStream()
-    columns = {"score": detector.scores, "error": detector.errors}
+    columns = {"score": detector.scores, "first_look": detector.first_looks}
     pq.write_table(pa.table({name: pa.array(values, pa.float32()) for name, values in columns.items()}), sink)
     calibration = sink.getvalue().to_pybytes()
     storage.write_bytes(storage.join(folder, "calibration.parquet"), calibration)
@@ -122,7 +122,7 @@ def load(folder: str) -> Detector:
         references=References(tensors["references.mean"], tensors["references.mean_square"]),
         clean=_clean_signature(tensors),
         scores=table.column("score").to_numpy(),
-        errors=table.column("error").to_numpy(),
+        first_looks=table.column("first_look").to_numpy(),
         scorer=values["scorer"],
         mask_ratio=values["mask_ratio"],
         seed=values["seed"],

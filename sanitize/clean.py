@@ -17,8 +17,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sanitize import checkpoint, runtime, storage
+from sanitize.checkpoint import Detector
 from sanitize.config import ThresholdPolicy, to_mapping
 from sanitize.errors import ConfigError, RefusedError, ShardError
+from sanitize.judge import Judge
+from sanitize.judge import judge as choose_judge
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 from sanitize.runtime import Resources, Result, ShardFunction, Tick
@@ -56,6 +59,7 @@ class SplitTask:
 
     out: str
     policy: ThresholdPolicy
+    judge: Judge
     threshold: float
 
     def start(self, threads: int) -> ShardFunction:  # noqa: ARG002 - copying needs no threads
@@ -64,11 +68,11 @@ class SplitTask:
     def _split(self, shard: Shard, tick: Tick) -> Result:
         path = storage.join(self.out, "done", f"{shard.stem}.json")
         marker = storage.read_json(path)
-        decision = decision_identity(self.policy, self.threshold)
+        decision = decision_identity(self.policy, self.judge, self.threshold)
         if marker.get("clean", {}).get("decision") == decision:
             return marker
-        table = score_table.read(storage.join(self.out, "scores", f"{shard.stem}.parquet"), ["score"])
-        kept = thresholds.keep(score_table.numbers(table, "score"), self.threshold, self.policy.keep_unscored)
+        scores = self.judge.scores(score_path(self.out, shard))
+        kept = thresholds.keep(scores, self.threshold, self.policy.keep_unscored)
         ranges = _ranges(shard, kept)
         if "clean" in marker:  # of another threshold: forget its files before they are touched
             marker = {name: value for name, value in marker.items() if name != "clean"}
@@ -149,8 +153,12 @@ def _changed(shard: Shard) -> str:
     return f"{shard.url}: changed after it was scored. Scan it again into another --out."
 
 
-def decision_identity(policy: ThresholdPolicy, threshold: float) -> str:
-    return f"{threshold!r} keep_unscored={policy.keep_unscored}"
+def decision_identity(policy: ThresholdPolicy, judge: Judge, threshold: float) -> str:
+    return f"{threshold!r} {judge.identity} keep_unscored={policy.keep_unscored}"
+
+
+def score_path(out: str, shard: Shard) -> str:
+    return storage.join(out, "scores", f"{shard.stem}.parquet")
 
 
 # ---------------------------------------------------------------- the command
@@ -166,14 +174,17 @@ def clean(
     storage.remove_partials(out)
     shards = [Shard(entry["url"], stem, entry["bytes"]) for stem, entry in sorted(run["shards"].items())]
     scored = [shard for shard in shards if storage.exists(storage.join(out, "done", f"{shard.stem}.json"))]
-    calibration = _calibration(out, run, policy)
-    scores = _all_scores(out, scored)
+    detector = _detector(out, run, policy)
+    calibration = detector.calibration(run["effort"]) if detector else np.empty(0, np.float32)
+    paths = [score_path(out, shard) for shard in scored]
+    judge = choose_judge(paths, detector, run["effort"], policy)
+    scores = np.concatenate([np.empty(0, np.float32), *(judge.scores(path) for path in paths)])
     threshold = thresholds.cut_off(scores, calibration, policy)
     kept = thresholds.keep(scores, threshold, policy.keep_unscored)
     _guard(scores, kept, force)
     storage.delete(storage.join(out, "summary.json"))
-    decisions = _write_decisions(out, scored, policy, threshold)
-    task = SplitTask(storage.absolute(out), policy, threshold)
+    decisions = _write_decisions(out, scored, policy, judge, threshold)
+    task = SplitTask(storage.absolute(out), policy, judge, threshold)
     resources = resources or runtime.plan(0, 0, -1, len(scored))
     failed = []
     with ProgressDisplay("clean", len(scored), sum(s.size for s in scored)) as display:
@@ -182,28 +193,20 @@ def clean(
     result = CleanResult(
         threshold, int(kept.sum()), int((~kept).sum()), int(np.isnan(scores).sum()), tuple(sorted(failed))
     )
-    _write_summary(out, policy, result, decisions, shards, scored)
+    _write_summary(out, policy, judge, result, decisions, shards, scored)
     return result
 
 
-def _calibration(out: str, run: dict[str, Any], policy: ThresholdPolicy) -> NDArray[np.float32]:
-    """The detector's null scores; only the policies that compare with them need the detector folder."""
+def _detector(out: str, run: dict[str, Any], policy: ThresholdPolicy) -> Detector | None:
+    """Only the policies that compare with its null scores need the detector folder."""
     if policy.policy not in ("calibrated", "fdr"):
-        return np.empty(0, np.float32)
+        return None
     detector = checkpoint.load(run["detector"])
     if detector.fingerprint != run["detector_fingerprint"]:
         raise RefusedError(
             f"{run['detector']}: is not the detector that {out} was scanned with. Restore it, or scan again."
         )
-    return detector.calibration(run["effort"])
-
-
-def _all_scores(out: str, shards: Sequence[Shard]) -> NDArray[np.float32]:
-    parts = [np.empty(0, np.float32)]
-    for shard in shards:
-        table = score_table.read(storage.join(out, "scores", f"{shard.stem}.parquet"), ["score"])
-        parts.append(score_table.numbers(table, "score"))
-    return np.concatenate(parts)
+    return detector
 
 
 def _guard(scores: NDArray[np.float32], kept: NDArray[np.bool_], force: bool) -> None:
@@ -216,20 +219,22 @@ def _guard(scores: NDArray[np.float32], kept: NDArray[np.bool_], force: bool) ->
         )
 
 
-def _write_decisions(out: str, shards: Sequence[Shard], policy: ThresholdPolicy, threshold: float) -> str:
+def _write_decisions(out: str, shards: Sequence[Shard], policy: ThresholdPolicy, judge: Judge, threshold: float) -> str:
     """decisions.parquet, one shard in memory at a time; returns its SHA-256."""
     path = storage.join(out, "decisions.parquet")
     with storage.atomic_write(path) as target, pq.ParquetWriter(target, DECISIONS, compression="zstd") as writer:
-        for table in _decisions(out, shards, policy, threshold):
+        for table in _decisions(out, shards, policy, judge, threshold):
             writer.write_table(table)
     return target.sha256()
 
 
-def _decisions(out: str, shards: Sequence[Shard], policy: ThresholdPolicy, threshold: float) -> Iterator[pa.Table]:
-    columns = ["shard", "key", "index", "status", "reason", "score"]
+def _decisions(
+    out: str, shards: Sequence[Shard], policy: ThresholdPolicy, judge: Judge, threshold: float
+) -> Iterator[pa.Table]:
+    columns = ["shard", "key", "index", "status", "reason"]
     for shard in shards:
-        table = score_table.read(storage.join(out, "scores", f"{shard.stem}.parquet"), columns)
-        scores = score_table.numbers(table, "score")
+        table = score_table.read(score_path(out, shard), columns)
+        scores = judge.scores(score_path(out, shard))
         kept = thresholds.keep(scores, threshold, policy.keep_unscored)
         reasons = [
             f"{status}: {reason}" if status != "ok" else "" if keep else "score above threshold"
@@ -241,13 +246,14 @@ def _decisions(out: str, shards: Sequence[Shard], policy: ThresholdPolicy, thres
             pa.array(kept),
             pa.array(reasons, pa.string()),
         ]
-        arrays += [table.column("score"), pa.array(np.full(len(kept), threshold, np.float32))]
+        arrays += [pa.array(scores, mask=np.isnan(scores)), pa.array(np.full(len(kept), threshold, np.float32))]
         yield pa.table(arrays, schema=DECISIONS)
 
 
 def _write_summary(
     out: str,
     policy: ThresholdPolicy,
+    judge: Judge,
     result: CleanResult,
     decisions: str,
     shards: Sequence[Shard],
@@ -256,6 +262,7 @@ def _write_summary(
     markers = [storage.read_json(storage.join(out, "done", f"{shard.stem}.json")) for shard in scored]
     summary = {
         "policy": to_mapping(policy),
+        "scores": judge.identity,
         "threshold": result.threshold if np.isfinite(result.threshold) else str(result.threshold),
         "samples": result.kept + result.removed,
         "kept": result.kept,

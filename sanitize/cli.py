@@ -167,6 +167,9 @@ def _policy_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--threshold", type=float, help="absolute: remove scores above it"),
         click.option("--mad", type=float, help="robust: median + this many scaled MADs [default: 6]"),
         click.option(
+            "--adapt/--no-adapt", default=None, help="calibrated, fdr: judge by the bulk of this scan [default: adapt]"
+        ),
+        click.option(
             "--keep-unscored", is_flag=True, default=None, help="Keep samples without a score (undecodable, no image)"
         ),
         click.option("--force", is_flag=True, default=None, help="Go on although more than half would be removed"),
@@ -178,7 +181,7 @@ def _policy_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _policy_values(options: dict[str, Any]) -> dict[str, Any]:
     """Take the policy's options out; a number without --policy picks the policy it belongs to."""
-    names = ("policy", "fpr", "fraction", "threshold", "mad", "keep_unscored")
+    names = ("policy", "fpr", "fraction", "threshold", "mad", "adapt", "keep_unscored")
     values = {name: options.pop(name) for name in names if options.get(name) is not None}
     for name in names:
         options.pop(name, None)

@@ -160,6 +160,9 @@ class ThresholdPolicy:
     fraction: float = 0.01  # fraction: share of the samples to remove
     threshold: float = 0.0  # absolute: remove scores above it
     mad: float = 6.0  # robust: remove scores above median + mad * (scaled median absolute deviation)
+    adapt: bool = (
+        True  # calibrated, fdr: judge by distance from the bulk of this scan; needs the scorer `reaction`, thorough
+    )
     keep_unscored: bool = False
 
     def __post_init__(self) -> None:

@@ -216,12 +216,13 @@ def _calibrated(
         device=device,
     )
     found, reconstructions = _scores(scorer, held_out)
-    errors = scores = found.numpy()
+    first_looks = scores = found.numpy()
     clean = None
     if config.scorer == "reaction":
         clean = _clean(config, shards, scorer, training)
         observed = _signatures(config, shards, scorer, held_out.hashes, clean.bank)
         scores = clean.distance(torch.from_numpy(observed)).numpy()
+        first_looks = clean.first_look(torch.from_numpy(observed)).numpy()
     if not np.isfinite(scores).all():
         raise SanitizeError(
             "training diverged: calibration scores are not finite. Lower training.learning_rate and fit again."
@@ -244,7 +245,7 @@ def _calibrated(
         references=references.to(torch.device("cpu")),
         clean=clean,
         scores=scores,
-        errors=errors,
+        first_looks=first_looks,
         scorer=config.scorer,
         mask_ratio=config.test_mask_ratio,
         seed=config.seed,

@@ -16,6 +16,7 @@ LAYERS = [  # a module may import from its own row and the rows above it
     {"stages"},
     {"progress", "metrics", "preview", "attacks", "detectors"},
     {"runtime", "checkpoint", "training"},
+    {"judge"},
     {"fit", "clean", "poison", "verify", "inspect"},
     {"scan", "audit"},
     {"cli"},

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def command(tmp_path, detector):
-    write_shards(tmp_path / "in", [1200] * 5)
+    write_shards(tmp_path / "in", [300] * 5)
 
     def make(out: str, workers: int) -> list[str]:
         arguments = ["scan", tmp_path / "in", "--detector", detector, "--out", tmp_path / out, "--workers", workers]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import chi2
 from sklearn.covariance import MinCovDet
 from torch import Tensor
 from torch.nn import functional
@@ -94,6 +95,11 @@ class CleanSignature:
         offset = found - self.centre
         return torch.einsum("bi,ij,bj->b", offset, self.precision, offset).clamp(min=0).sqrt()
 
+    def first_look(self, found: Tensor) -> Tensor:
+        """(B, V + 2) → (B,) Mahalanobis distance by norm and neighbour distance alone, which cost no further pass."""
+        marginal = torch.linalg.inv(torch.linalg.inv(self.precision.double())[-2:, -2:]).float()
+        return CleanSignature(self.centre[-2:], marginal, self.bank).distance(found[:, -2:])
+
     def to(self, device: torch.device) -> "CleanSignature":
         return CleanSignature(self.centre.to(device), self.precision.to(device), self.bank.to(device))
 
@@ -101,6 +107,36 @@ class CleanSignature:
 def clean_signature(found: NDArray[np.float32], bank: Tensor, seed: int) -> CleanSignature:
     """Robust centre and covariance (minimum covariance determinant) of (N, V + 2), so that a little poison moves neither."""
     estimate = MinCovDet(support_fraction=0.9, random_state=seed).fit(found.astype(np.float64))
-    ridge = 1e-3 * np.trace(estimate.covariance_) / found.shape[1]
-    precision = np.linalg.inv(estimate.covariance_ + ridge * np.eye(found.shape[1]))
-    return CleanSignature(torch.from_numpy(estimate.location_).float(), torch.from_numpy(precision).float(), bank)
+    return _shaped(estimate.location_, estimate.covariance_, bank)
+
+
+def _shaped(centre: NDArray[np.float64], covariance: NDArray[np.float64], bank: Tensor) -> CleanSignature:
+    ridge = 1e-3 * np.trace(covariance) / len(centre)
+    precision = np.linalg.inv(covariance + ridge * np.eye(len(centre)))
+    return CleanSignature(torch.from_numpy(centre).float(), torch.from_numpy(precision).float(), bank)
+
+
+def adapted(clean: CleanSignature, found: NDArray[np.float32], steps: int = 50) -> CleanSignature:
+    """`clean` moved to the bulk of other signatures (N, V + 2), of which less than half may be poison.
+
+    Concentration steps of the minimum covariance determinant (Rousseeuw and Van Driessen 1999), started from `clean` in place of
+    random subsets, so that the half that is kept is the one which looks clean; then the usual correction and reweighting.
+    """
+    rows, half = found.astype(np.float64), len(found) // 2
+    now, kept = clean, np.empty(0, np.int64)
+    for _ in range(steps):
+        nearest = np.sort(np.argpartition(_distances(now, rows), half)[:half])
+        if np.array_equal(nearest, kept):
+            break
+        kept = nearest
+        now = _shaped(rows[kept].mean(axis=0), np.cov(rows[kept].T), clean.bank)
+    size = found.shape[1]
+    correction = np.median(_distances(now, rows) ** 2) / chi2.ppf(0.5, size)
+    now = _shaped(rows[kept].mean(axis=0), np.cov(rows[kept].T) * correction, clean.bank)
+    inside = rows[_distances(now, rows) ** 2 < chi2.ppf(0.975, size)]
+    return _shaped(inside.mean(axis=0), np.cov(inside.T), clean.bank)
+
+
+def _distances(clean: CleanSignature, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    found: NDArray[np.float64] = clean.distance(torch.from_numpy(rows).float()).double().numpy()
+    return found

@@ -7,17 +7,19 @@ from types import TracebackType
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
 
 from sanitize import storage
 from sanitize.errors import StorageError
 from sanitize.records import Picture
-from sanitize.stages.reactions import ALTERATIONS
+from sanitize.stages.reactions import ALTERATIONS, signature
 from sanitize.stages.scoring import Scores
 from sanitize.stages.shards import printable
 from sanitize.stages.thresholds import p_values
 
 SCHEMA_VERSION = 3
+REACTIONS = [f"reaction_{name}" for name in ALTERATIONS]
 SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
@@ -34,8 +36,8 @@ SCHEMA = pa.schema(
         ("error_reference", pa.float32()),
         ("embedding_norm", pa.float32()),
         ("text_similarity", pa.float32()),  # null unless captions were read
-        ("neighbour_distance", pa.float32()),  # this and the reactions: null unless the picture was altered
-        *((f"reaction_{name}", pa.float32()) for name in ALTERATIONS),
+        ("neighbour_distance", pa.float32()),  # null but for the scorer `reaction`
+        *((name, pa.float32()) for name in REACTIONS),  # null unless the picture was altered
     ]
 )
 ROW_GROUP = 16_384  # rows held in memory before they are written
@@ -122,6 +124,14 @@ def read(path: str, columns: Sequence[str]) -> pa.Table:
             return pq.read_table(file, columns=list(columns))
         except (pa.ArrowInvalid, OSError) as error:
             raise StorageError(f"{path}: not a readable score table ({error}). Delete it and scan again.") from None
+
+
+def signatures(path: str) -> NDArray[np.float32]:
+    """(N, V + 2) signatures of the samples of one score file, as stages/reactions.py orders them; NaN where not altered."""
+    table = read(path, [*REACTIONS, "embedding_norm", "neighbour_distance"])
+    observed = np.stack([numbers(table, name) for name in REACTIONS], axis=1)
+    norms, distances = (torch.from_numpy(numbers(table, name)) for name in ("embedding_norm", "neighbour_distance"))
+    return signature(torch.from_numpy(observed), norms, distances).numpy()
 
 
 def numbers(table: pa.Table, column: str) -> NDArray[np.float32]:

@@ -3,7 +3,7 @@
 `paper`: the reference score of DeDe, sum of squared differences over hidden pixels in normalised units (card section 4).
 `lowres`: mean squared difference at the decoder's (low) resolution.
 `reaction`: how unlike clean pictures' the embedding lies and reacts to alterations of the picture (stages/reactions.py); a picture
-whose `lowres` error is below a gate is not altered, its score is error - gate, below every distance.
+that looks clean by where it lies alone (first look below a gate) is not altered, its score is first look - gate, below every distance.
 """
 
 import logging
@@ -33,8 +33,8 @@ class Scores:
     """Columns of one batch, each (B,) float32; NaN where the model gave no finite number or had no memory for the picture.
 
     text_similarity: cosine of image and caption embeddings, NaN as well where there is no caption.
-    neighbour_distance: of the embedding to clean ones; reactions: (V, B), one row for each alteration. NaN as well where the
-    picture was not altered.
+    neighbour_distance: of the embedding to clean ones, NaN but for the scorer `reaction`; reactions: (V, B), one row for each
+    alteration, NaN as well where the picture was not altered.
     """
 
     score: Floats
@@ -114,7 +114,7 @@ class Scorer:
         clean: CleanSignature | None = None,
         gate: float = -math.inf,
     ) -> None:
-        """clean, gate: of the scorer `reaction`; pictures with an error below `gate` are not altered."""
+        """clean, gate: of the scorer `reaction`; pictures whose first look is below `gate` are not altered."""
         self.device = device
         self.clean = clean.to(device) if clean else None
         self.gate = gate
@@ -163,11 +163,12 @@ class Scorer:
         score, norms = self.score(targets, reconstructions, hidden), embeddings.norm(dim=1)
         observed, distances = self._unaltered(len(pictures)), torch.full_like(error, float("nan"))
         if self.clean:
-            passed = error >= self.gate
+            distances = neighbour_distance(embeddings, self.clean.bank)
+            look = self.clean.first_look(signature(observed, norms, distances))
+            passed = look >= self.gate
             observed[passed] = self.react(images[passed], embeddings[passed])
-            distances[passed] = neighbour_distance(embeddings[passed], self.clean.bank)
             found = signature(observed, norms, distances)
-            score = torch.where(passed, self.clean.distance(found), error - self.gate)
+            score = torch.where(passed, self.clean.distance(found), look - self.gate)
         columns = (
             score,
             error,
