@@ -12,7 +12,7 @@ import dataclasses
 import io
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,19 +61,27 @@ class Row:
     seconds: int
 
 
-def load_config(path: str, preset: str) -> Any:
-    """Shared settings of the YAML, overlaid with its section `presets.<preset>`."""
+def load_config(path: str, preset: str, settings: Mapping[str, Any] | None = None) -> Any:
+    """Shared settings of the YAML, overlaid with its section `presets.<preset>`, then with `settings`."""
     values = load_yaml(path)
     presets = values.pop("presets", {})
     check(preset in presets, f"{path}: no preset {preset!r}. It has: {', '.join(presets) or 'none'}.")
     attack = values.get("attack")
     check(attack in ATTACKS, f"{path}: attack: {attack!r} is not one of {', '.join(ATTACKS)}.")
-    return from_mapping(ATTACKS[str(attack)].config, overlay(values, presets[preset]), f"{path} (preset {preset})")
+    values = overlay(overlay(values, presets[preset]), settings or {})
+    return from_mapping(ATTACKS[str(attack)].config, values, f"{path} (preset {preset})")
 
 
-def make(path: str, preset: str, zoo: str, seed: int | None = None, out: str = "") -> tuple[str, Row]:
+def make(
+    path: str,
+    preset: str,
+    zoo: str,
+    seed: int | None = None,
+    out: str = "",
+    settings: Mapping[str, Any] | None = None,
+) -> tuple[str, Row]:
     """The victim's folder and its line: from a finished folder, or made now."""
-    config = load_config(path, preset)
+    config = load_config(path, preset, settings)
     config = config if seed is None else dataclasses.replace(config, seed=seed)
     kind = ATTACKS[config.attack]
     settings = {"recipe": RECIPE, "config": to_mapping(config), "inputs": kind.inputs(config)}

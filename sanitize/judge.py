@@ -55,20 +55,24 @@ def judge(paths: Sequence[str], detector: Detector | None, effort: str, policy: 
         return Judge()
     scores = np.concatenate([Judge().scores(path) for path in paths] or [np.empty(0, np.float32)])
     finite = np.isfinite(scores)
-    count = int(finite.sum())
-    if count < ENOUGH:
-        log.info("not adapted to the scan: %d scored samples, %d are needed", count, ENOUGH)
+    if reason := distrust(scores[finite], detector.calibration(effort), policy):
+        log.warning("not adapted to the scan: %s", reason)
         return Judge()
-    suspect = float((scores[finite] > cut_off(scores, detector.calibration(effort), policy)).mean())
-    if suspect > SUSPECT:
-        log.warning(
-            "not adapted to the scan: %.0f %% of it stands out, so its bulk may not be clean. Look at `sanitize audit`; if "
-            "those are clean, fit with auxiliary pictures more like these",
-            100 * suspect,
-        )
-        return Judge()
-    every = -(-count // SAMPLE)
+    every = -(-int(finite.sum()) // SAMPLE)
     return Judge(adapted(detector.clean, _sample(paths, every)))
+
+
+def distrust(scores: Floats, calibration: Floats, policy: ThresholdPolicy) -> str:
+    """Why the bulk of a scan with these finite scores (N,) says nothing about clean pictures; "" when it can be trusted."""
+    if len(scores) < ENOUGH:
+        return f"{len(scores)} scored samples, {ENOUGH} are needed"
+    suspect = float((scores > cut_off(scores, calibration, policy)).mean())
+    if suspect > SUSPECT:
+        return (
+            f"{suspect:.0%} of it stands out, so its bulk may not be clean. Look at `sanitize audit`; if those are clean, fit with "
+            "auxiliary pictures more like these"
+        )
+    return ""
 
 
 def _sample(paths: Sequence[str], every: int) -> Floats:

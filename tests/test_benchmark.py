@@ -9,8 +9,9 @@ import yaml
 from builders import write_tar
 from test_red_team import shape_members
 
-from pipelines import benchmark
-from pipelines.benchmark import BenchmarkConfig, Scored, pool
+from pipelines import benchmark, benchmark_page, benchmark_scores
+from pipelines.benchmark import BenchmarkConfig, pool
+from pipelines.benchmark_scores import Scored
 from sanitize.config import from_mapping, load_yaml
 from sanitize.detectors import bank
 from sanitize.errors import ConfigError
@@ -48,8 +49,13 @@ def study(tmp_path):
                 "auxiliary": {"id": f"{folder}/aux"},
             }
         },
-        "detectors": {"reaction": {"scorer": "reaction"}, "norm": {"detector": "norm"}},
-        "rates": [0.05],
+        "detectors": {
+            "reaction": {"scorer": "reaction", "adapt": True},
+            "plain": {"scorer": "reaction"},
+            "norm": {"detector": "norm"},
+        },
+        "rates": [0.01],
+        "curves": ["norm"],
         "seeds": [0],
         "auxiliary_images": 320,
         "fit": {
@@ -67,13 +73,14 @@ def study(tmp_path):
     return from_mapping(BenchmarkConfig, values, "test")
 
 
-PAGE = ("balanced id", "balanced poisoned", "rates", "false positives")
+PAGE = ("balanced id", "balanced poisoned", "rates", "false positives", "classes")
+DETECTORS = ("reaction", "plain", "norm")
 
 
 def test_every_detector_gets_a_row_for_every_auxiliary_set_and_rate_and_the_page_shows_them(study, tmp_path):
     rows = benchmark.run(study)
     found = {(r["aux"], r["poison_rate"], r["detector"]) for r in rows}
-    assert found == {(a, p, d) for a in ("id", "poisoned") for p in (0.05, 0.5) for d in ("reaction", "norm")}
+    assert found == {(a, p, d) for a in ("id", "poisoned") for p in (0.01, 0.5) for d in DETECTORS}
     assert {r["is_default"] for r in rows if r["detector"] == "reaction"} == {1}
     assert all(tuple(row) == benchmark.COLUMNS for row in rows)
     assert all(
@@ -82,24 +89,36 @@ def test_every_detector_gets_a_row_for_every_auxiliary_set_and_rate_and_the_page
     assert len(Path(study.table).read_text().splitlines()) == len(rows) + 1
     markers = "".join(f"<!-- {n}: begin -->\n<!-- {n}: end -->\n" for n in PAGE)
     (tmp_path / "page.md").write_text(markers)
-    benchmark.write_pages(study, str(tmp_path / "page.md"), rows)
+    classes = benchmark.by_class(study)
+    assert [(r["true_class"], r["is_target"]) for r in classes if r["aux"] == "id"] == [
+        (c, int(c == 4)) for c in range(6)
+    ]
+    benchmark_page.write_tables(str(tmp_path / "page.md"), rows, classes, study.default)
     text = (tmp_path / "page.md").read_text()
-    assert text.count("| reaction |") == 3  # two auxiliary sets, and the false positives
-    assert "| id | tiny | 0.05 |" in text
+    assert text.count("| reaction |") == 4  # two auxiliary sets, and the false positives of both
+    assert "| id | tiny | 0.01 |" in text
+    benchmark.write_plots(study, tmp_path / "plots", rows)
+    assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == [
+        "table_cost.png",
+        "table_roc.png",
+        "table_scores.png",
+    ]
 
 
 def test_finished_scores_are_reused(study, monkeypatch):
     first = benchmark.run(study)
-    monkeypatch.setattr(benchmark, "product", None)  # would fail when called
-    monkeypatch.setattr(benchmark, "baseline", None)
+    monkeypatch.setattr(benchmark_scores, "product", None)  # would fail when called
+    monkeypatch.setattr(benchmark_scores, "baseline", None)
     assert benchmark.run(study) == first
 
 
 def test_a_pool_holds_all_clean_images_and_the_asked_share_of_triggered_ones():
-    found = Scored(np.arange(900, dtype=np.float32), np.full(700, 5000, np.float32), 0, 0)
+    none = np.empty((0, 0), np.float32)
+    found = Scored(np.arange(900, dtype=np.float32), np.full(700, 5000, np.float32), none, none, 0, 0)
     for rate, poisoned in ((0.001, 1), (0.01, 9), (0.1, 100), (0.5, 700)):
-        scores, truth = pool(found, rate, seed=0)
-        assert (len(scores) - 900, truth.sum(), truth[:900].sum()) == (poisoned, poisoned, 0)
+        members, truth = pool(found, rate, seed=0)
+        assert (len(set(members.tolist())) - 900, truth.sum(), truth[:900].sum()) == (poisoned, poisoned, 0)
+        assert (members[:900] == np.arange(900)).all()
 
 
 def test_the_published_configuration_names_detectors_and_victims_that_exist():
