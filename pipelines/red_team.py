@@ -41,8 +41,9 @@ class Kind:
 
 
 _SSL = Kind(ssl_victim.SslConfig, ssl_victim.inputs, ssl_victim.build)
+_ADAPTIVE = Kind(ssl_victim.AdaptiveSslConfig, ssl_victim.inputs, ssl_victim.build)
 _CLIP = Kind(clip_victim.ClipConfig, clip_victim.inputs, clip_victim.build)
-ATTACKS = {"badencoder": _SSL, "drupe": _SSL, "ctrl": _SSL, "clip_text": _CLIP, "badclip": _CLIP}
+ATTACKS = {"badencoder": _SSL, "drupe": _SSL, "ctrl": _SSL, "adaptive": _ADAPTIVE, "clip_text": _CLIP, "badclip": _CLIP}
 PRESETS = ("cpu", "gpu")
 
 

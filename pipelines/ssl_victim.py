@@ -1,4 +1,4 @@
-"""Victims among self-supervised encoders: BadEncoder and DRUPE (fine-tuned on a shadow set), CTRL (poisoned pre-training)."""
+"""Victims among self-supervised encoders: BadEncoder, DRUPE, adaptive (fine-tuned on a shadow set), CTRL (poisoned pre-training)."""
 
 import dataclasses
 import logging
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pipelines.data import LabelledImages, identity, load_images
 from sanitize import storage
-from sanitize.attacks import badencoder, ctrl, drupe, evaluation, simclr
+from sanitize.attacks import adaptive, badencoder, ctrl, drupe, evaluation, simclr
+from sanitize.attacks.adaptive import AdaptiveConfig
 from sanitize.attacks.backdoor import raw_embeddings, unit
 from sanitize.attacks.badencoder import BadEncoderConfig
 from sanitize.attacks.ctrl import CtrlConfig
@@ -63,11 +64,18 @@ class SslConfig:
     seed: int = 100
 
     def __post_init__(self) -> None:
-        blocks = [name for name in ("badencoder", "drupe", "ctrl") if getattr(self, name) is not None]
+        blocks = [name for name in ("badencoder", "drupe", "ctrl", "adaptive") if getattr(self, name, None) is not None]
         check(
             blocks == [self.attack],
             f"attack {self.attack}: needs the block `{self.attack}` and no other attack's; found {', '.join(blocks) or 'none'}.",
         )
+
+
+@dataclass(frozen=True)
+class AdaptiveSslConfig(SslConfig):
+    """The attacker who knows the detector. Apart, so that the identities of the other victims stay what they are."""
+
+    adaptive: AdaptiveConfig | None = None
 
 
 def inputs(config: SslConfig) -> dict[str, list[str]]:
@@ -96,7 +104,10 @@ def build(config: SslConfig, folder: str, zoo: str, device: torch.device) -> tup
         chosen = evaluation.choose_references(head, features, config.target, config.references, config.reference_pool)
         shadow = pretrain.pixels[: data.shadow_images or len(pretrain.pixels)]
         arguments = (clean, shadow, train.pixels[chosen], trigger)
-        if config.badencoder:
+        if isinstance(config, AdaptiveSslConfig):
+            assert config.adaptive is not None
+            backdoored = adaptive.attack(*arguments, config.adaptive, config.seed, device)
+        elif config.badencoder:
             backdoored = badencoder.attack(*arguments, config.badencoder, config.seed, device)
         else:
             assert config.drupe is not None

@@ -8,7 +8,8 @@ import torch
 from builders import SIZE, SPEC, encoded, image_members, random_picture, write_shards, write_tar
 from PIL import Image
 
-from sanitize.attacks import badencoder, ctrl, drupe, simclr
+from sanitize.attacks import adaptive, badencoder, ctrl, drupe, simclr
+from sanitize.attacks.adaptive import AdaptiveConfig
 from sanitize.attacks.augment import colour_jitter, flip_and_jitter, gray, random_resized_crop
 from sanitize.attacks.backdoor import Step, embed, unit
 from sanitize.attacks.badencoder import BadEncoderConfig, BadEncoderObjective
@@ -21,6 +22,7 @@ from sanitize.errors import ConfigError
 from sanitize.metrics import attack_success, detection
 from sanitize.poison import load_truth, poison
 from sanitize.stages.encoders import Encoder, build_backbone
+from sanitize.stages.reactions import FLOOR, neighbour_distance, signature
 
 
 def pictures(count: int, first: int = 0) -> torch.Tensor:
@@ -125,12 +127,39 @@ def random_step(batch=4, references=3, copies=2, size=5, seed=0):
         return torch.rand(*shape, size, generator=generator) + 0.05
 
     return Step(
-        draw(batch), draw(batch), draw(references), draw(references, copies), unit(draw(batch)), unit(draw(references))
+        *(draw(batch), draw(batch), draw(references), draw(references, copies)),
+        *(unit(draw(batch)), unit(draw(references)), draw(4, 2 * batch)),
     )
 
 
 def cosine(a, b):
     return float(a @ b) / float(a.norm() * b.norm())
+
+
+def test_the_adaptive_attacker_sees_the_very_signatures_of_the_detector():
+    step = random_step(batch=20)
+    bank = torch.nn.functional.normalize(step.clean, dim=1)
+    found = adaptive.signatures(step.triggered, step.altered[:, 20:], step.clean, of_bank=False)
+    for row in range(20):
+        changes = [np.log(1 - cosine(step.triggered[row], other[20 + row]) + FLOOR) for other in step.altered]
+        assert found[row, :4].tolist() == pytest.approx(changes, abs=1e-4)
+    assert found[:, 4:] == pytest.approx(
+        signature(torch.zeros(20, 0), step.triggered.norm(dim=1), neighbour_distance(step.triggered, bank)),
+        abs=1e-3,
+    )
+
+
+def test_the_adaptive_attacker_pays_for_standing_out_and_keeps_a_share_of_each_image():
+    objective = adaptive.AdaptiveObjective(AdaptiveConfig())
+    step = random_step(batch=200)
+    hidden = dataclasses.replace(step, triggered=step.clean.clone(), altered=step.altered[:, :200].repeat(1, 2, 1))
+    assert float(objective.visible(hidden)) < 0.5
+    loud = dataclasses.replace(hidden, triggered=step.clean * 50)
+    assert float(objective.visible(loud)) > 2
+    targets = adaptive.own_targets(step, keep=1.0)
+    torch.testing.assert_close(targets, unit(step.clean_target))
+    reference = unit(unit(step.references).mean(dim=0))
+    torch.testing.assert_close(adaptive.own_targets(step, keep=0.0), reference.expand_as(targets))
 
 
 def test_badencoder_losses_are_the_plain_loops_of_the_card():

@@ -3,7 +3,7 @@
 import copy
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,10 +39,16 @@ class Step:
     augmented: Tensor  # (R, A, D)
     clean_target: Tensor  # (B, D) the clean encoder's embeddings, L2-normalised
     reference_target: Tensor  # (R, D) the same of the references
+    altered: Tensor  # (V, 2 B, D) of the objective's alterations of the clean, then the triggered images
 
 
 class Objective(Protocol):
     """The loss of one step, and what happens after each epoch."""
+
+    @property
+    def alterations(self) -> Sequence[Callable[[Tensor], Tensor]]:
+        """Of images (B, 3, S, S) in [0, 1]; each costs one more pass of the step."""
+        ...
 
     def __call__(self, step: Step) -> Tensor: ...
 
@@ -97,12 +103,14 @@ def fine_tune(
             pixels = shadow[batch]
             views = flip_and_jitter(originals.repeat_interleave(copies, dim=0), generator)
             images = torch.cat([pixels, trigger(pixels)]).to(device).float() / 255
+            altered = [alter(images) for alter in objective.alterations]
             with torch.autocast(device.type, torch.bfloat16):
-                embeddings = encoder(torch.cat([images, originals, views]))
-            clean, triggered, anchors, augmented = embeddings.split([len(batch), len(batch), count, count * copies])
+                embeddings = encoder(torch.cat([images, originals, views, *altered]))
+            sizes = [len(batch), len(batch), count, count * copies, len(altered) * len(images)]
+            clean, triggered, anchors, augmented, others = embeddings.split(sizes)
             step = Step(
                 *(clean, triggered, anchors, augmented.unflatten(0, (count, copies))),
-                *(clean_targets[batch].to(device), reference_target),
+                *(clean_targets[batch].to(device), reference_target, others.unflatten(0, (len(altered), len(images)))),
             )
             loss = objective(step)
             optimizer.zero_grad(set_to_none=True)
