@@ -1,0 +1,102 @@
+"""Does `sanitize inspect` (DECREE) tell backdoored encoders of the zoo from clean ones? One row per encoder, AUROC over them.
+
+    python -m pipelines.inspect_zoo configs/red_team_clip_text.yaml --seed 100 --seed 101 --seed 102 --images aux.tar
+
+Victims that the zoo lacks are made first. The smaller the smallest trigger, the more suspicious; with at least four clean encoders
+each encoder is also judged against the clean ones of the other seeds, as `--peer` does.
+"""
+
+import csv
+import io
+import logging
+from typing import Any
+
+import click
+import numpy as np
+
+from pipelines import red_team
+from sanitize import storage
+from sanitize.config import from_mapping, load_encoder_spec
+from sanitize.detectors.decree import DecreeConfig, recommended
+from sanitize.errors import SanitizeError
+from sanitize.inspect import MIN_PEERS, inspect, peer_z
+from sanitize.metrics import detection
+
+log = logging.getLogger(__name__)
+
+
+def rows_of(config: str, seeds: tuple[int, ...], images: str, zoo: str, preset: str, out: str) -> list[dict[str, Any]]:
+    """Clean and backdoored encoder of every seed, with the smallest trigger found for each."""
+    rows = []
+    for seed in seeds:
+        folder, victim = red_team.make(config, preset, zoo, seed)
+        for kind in ("clean", "backdoored"):
+            spec = load_encoder_spec(storage.join(folder, kind, "encoder.yaml"))
+            target = storage.join(out, f"{victim.attack}-{kind}-{seed}")
+            report = storage.join(target, "inspect.json")
+            if not storage.exists(report):
+                inspect(spec, (images,), target, from_mapping(DecreeConfig, recommended(spec.image_size), "decree"))
+            found = storage.read_json(report)
+            best = found["best"] or {"l1": None, "p_l1": None}
+            log.info("%s seed %d %s: L1 %s", victim.attack, seed, kind, best["l1"])
+            rows.append(
+                {
+                    "attack": victim.attack,
+                    "seed": seed,
+                    "encoder": kind,
+                    "asr": victim.asr,
+                    "l1": best["l1"],
+                    "p_l1": best["p_l1"],
+                    "verdict": found["verdict"]["verdict"],
+                }
+            )
+    return with_peers(rows)
+
+
+def with_peers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Adds z: robust z of log L1 against the clean encoders of the other seeds; "" with fewer than MIN_PEERS of them."""
+    judged = []
+    for row in rows:
+        peers = [r["l1"] for r in rows if r["encoder"] == "clean" and r["seed"] != row["seed"] and r["l1"] is not None]
+        enough = row["l1"] is not None and len(peers) >= MIN_PEERS
+        judged.append(row | {"z": peer_z(row["l1"], peers) if enough else ""})
+    return judged
+
+
+def auroc(rows: list[dict[str, Any]]) -> float:
+    """Over encoders, by the size of the smallest trigger; none found = as large as can be."""
+    sizes = np.array([np.inf if row["l1"] is None else row["l1"] for row in rows])
+    finite = np.where(np.isfinite(sizes), sizes, np.max(sizes[np.isfinite(sizes)], initial=0) + 1)
+    return detection(-finite, np.array([row["encoder"] == "backdoored" for row in rows])).auroc
+
+
+@click.command()
+@click.argument("configs", nargs=-1, required=True, type=click.Path(exists=True))
+@click.option("--seed", "seeds", type=int, multiple=True, default=(100, 101, 102, 103), show_default=True)
+@click.option("--images", required=True, help="Auxiliary shards, no labels needed")
+@click.option("--preset", default="cpu", show_default=True)
+@click.option("--zoo", default="runs/zoo", show_default=True)
+@click.option("--out", default="runs/inspected", show_default=True)
+@click.option("--results", default="docs/results/inspect_cpu.csv", show_default=True)
+def main(
+    configs: tuple[str, ...], seeds: tuple[int, ...], images: str, preset: str, zoo: str, out: str, results: str
+) -> None:
+    """Inspect the clean and the backdoored encoder of every CONFIG and seed; finished ones are reused."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        text = io.StringIO()
+        writer: csv.DictWriter[str] | None = None
+        for config in configs:
+            rows = rows_of(config, seeds, images, zoo, preset, out)
+            writer = writer or csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+            if not text.tell():
+                writer.writeheader()
+            writer.writerows(rows)
+            click.echo(f"{rows[0]['attack']}: AUROC {auroc(rows):.2f} over {len(rows)} encoders")
+        storage.write_bytes(results, text.getvalue().encode())
+    except SanitizeError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

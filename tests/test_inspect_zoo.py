@@ -1,0 +1,61 @@
+"""The study of `sanitize inspect` over encoders: a tiny victim end to end, and the two judgements of its rows."""
+
+import csv
+
+import pytest
+import yaml
+from builders import write_tar
+from click.testing import CliRunner
+from test_red_team import shape_members
+
+from pipelines import inspect_zoo
+from sanitize.inspect import peer_z
+
+
+def test_both_encoders_of_every_seed_get_a_row(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, count, seed in (("train", 96, 0), ("test", 60, 1), ("aux", 96, 2)):
+        write_tar(tmp_path / name / "s.tar", shape_members(count, seed))
+    victim = {
+        "attack": "badencoder",
+        "target": 4,
+        "classes": 6,
+        "trigger": {"name": "patch", "side": 5},
+        "encoder": {"architecture": "resnet10-cifar", "image_size": 32, "width": 4, "stem_stride": 2},
+        "data": {"pretrain": ["train"], "train": ["train"], "test": ["test"]},
+        "simclr": {"epochs": 1, "batch_size": 32, "projection": 8},
+        "badencoder": {"epochs": 1, "batch_size": 32},
+        "head": {"epochs": 2},
+        "presets": {"cpu": {}},
+    }
+    (tmp_path / "red_team_tiny.yaml").write_text(yaml.safe_dump(victim))
+    monkeypatch.setattr(
+        inspect_zoo, "recommended", lambda _: {"pool": 64, "batch_size": 32, "epochs": 4, "restarts": 1}
+    )
+    arguments = ["red_team_tiny.yaml", "--seed", "1", "--seed", "2", "--images", "aux", "--results", "inspect.csv"]
+    result = CliRunner().invoke(inspect_zoo.main, arguments, catch_exceptions=False)
+    assert "tiny: AUROC" in result.output
+    assert "over 4 encoders" in result.output
+    rows = list(csv.DictReader((tmp_path / "inspect.csv").read_text().splitlines()))
+    assert [(row["seed"], row["encoder"]) for row in rows] == [
+        (seed, kind) for seed in "12" for kind in ("clean", "backdoored")
+    ]
+    assert {row["z"] for row in rows} == {""}  # two clean encoders are too few peers
+
+
+def row(kind, seed, l1):
+    return {"encoder": kind, "seed": seed, "l1": l1}
+
+
+def test_smaller_triggers_are_more_suspicious_and_none_is_the_least():
+    clean = [row("clean", s, l1) for s, l1 in enumerate((300.0, 340.0, None))]
+    trojaned = [row("backdoored", s, l1) for s, l1 in enumerate((40.0, 320.0, 55.0))]
+    assert inspect_zoo.auroc(clean + trojaned) == pytest.approx(8 / 9)
+
+
+def test_an_encoder_is_judged_by_the_clean_ones_of_other_seeds():
+    rows = [row("clean", s, 300.0 + 10 * s) for s in range(4)] + [row("backdoored", 0, 60.0)]
+    judged = inspect_zoo.with_peers(rows)
+    assert judged[-1]["z"] == peer_z(60.0, [310.0, 320.0, 330.0])
+    assert judged[-1]["z"] > 2.5 > judged[1]["z"]
+    assert inspect_zoo.with_peers(rows[:3])[0]["z"] == ""
