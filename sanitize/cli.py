@@ -337,7 +337,21 @@ def inspect(
 )
 @click.option("--rate", default=0.01, show_default=True, help="Share of samples that get the trigger")
 @click.option("--seed", default=0, show_default=True, help="Chooses the samples")
-def poison(shards: tuple[str, ...], out: str, trigger: str, settings: tuple[str, ...], rate: float, seed: int) -> None:
+@click.option(
+    "--replace",
+    multiple=True,
+    metavar="EXT=TEXT",
+    help="What a poisoned sample says instead, for example cls=9 or txt='a photo of a dog'; several texts of one EXT are drawn from",
+)
+def poison(
+    shards: tuple[str, ...],
+    out: str,
+    trigger: str,
+    settings: tuple[str, ...],
+    rate: float,
+    seed: int,
+    replace: tuple[str, ...],
+) -> None:
     """Red team: stamp a trigger on some samples and keep the truth.
 
     \b
@@ -347,7 +361,12 @@ def poison(shards: tuple[str, ...], out: str, trigger: str, settings: tuple[str,
     from sanitize.poison import poison as run
 
     stamp = make_trigger(_parsed(settings) | {"name": trigger})
-    result = run(shards, out.rstrip("/"), rate=rate, trigger=stamp, seed=seed)
+    texts: dict[str, list[str]] = {}
+    for item in replace:
+        extension, equals, text = item.partition("=")
+        check(bool(extension and equals), f"--replace {item}: give it as EXT=TEXT, for example --replace cls=9")
+        texts.setdefault(extension.lower(), []).append(text)
+    result = run(shards, out.rstrip("/"), rate=rate, trigger=stamp, seed=seed, replace=texts)
     click.echo(f"{out}: {result.poisoned} of {result.samples} samples poisoned; truth in {result.truth}")
 
 

@@ -3,9 +3,11 @@
 import io
 import logging
 import tarfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
@@ -30,10 +32,19 @@ class PoisonResult:
 
 
 def poison(
-    patterns: tuple[str, ...], out: str, *, rate: float, trigger: Trigger, seed: int = 0, reencode_all: bool = True
+    patterns: tuple[str, ...],
+    out: str,
+    *,
+    rate: float,
+    trigger: Trigger,
+    seed: int = 0,
+    replace: Mapping[str, Sequence[str]] | None = None,
+    reencode_all: bool = True,
 ) -> PoisonResult:
     """Copy shards to `out`, with the trigger on round(rate * samples) of them; write `out`/poison.json.
 
+    replace: what members of the poisoned samples say instead, by extension: one text, or several to draw from by the seed; so an
+    attacker gives them another label ({"cls": ["9"]}) or caption.
     Other members and unstamped samples are copied byte for byte. Lossy images are an exception: all of them are encoded
     again (`reencode_all`), so that the codec does not give the stamped ones away.
     """
@@ -45,11 +56,18 @@ def poison(
     check(bool(picked.any()), f"rate {rate} of {sum(counts)} samples rounds to none. Use a higher rate or more shards.")
     truth: list[dict[str, Any]] = []
     position = 0
+    rng = np.random.default_rng(seed)
     for shard, count in zip(shards, counts, strict=True):
-        truth += _poison_shard(shard, out, picked[position : position + count].tolist(), trigger, reencode_all)
+        stamped = picked[position : position + count].tolist()
+        truth += _poison_shard(shard, out, stamped, trigger, replace or {}, rng, reencode_all)
         position += count
+    if missing := set(replace or {}) - {extension for entry in truth for extension in entry.pop("replaced")}:
+        raise ConfigError(
+            f"replace {', '.join(sorted(missing))}: no poisoned sample has such a member. Name an extension that the shards have; "
+            f"delete {out}."
+        )
     path = storage.join(out, "poison.json")
-    description = {"trigger": repr(trigger), "rate": rate, "seed": seed}
+    description = {"trigger": repr(trigger), "rate": rate, "seed": seed, "replace": dict(replace or {})}
     storage.write_json(path, description | {"poisoned": truth})
     return PoisonResult(sum(counts), len(truth), path)
 
@@ -60,7 +78,13 @@ def _count(shard: Shard) -> int:
 
 
 def _poison_shard(
-    shard: Shard, out: str, picked: list[bool], trigger: Trigger, reencode_all: bool
+    shard: Shard,
+    out: str,
+    picked: list[bool],
+    trigger: Trigger,
+    replace: Mapping[str, Sequence[str]],
+    rng: np.random.Generator,
+    reencode_all: bool,
 ) -> list[dict[str, Any]]:
     truth = []
     with (
@@ -71,12 +95,17 @@ def _poison_shard(
         reader = ShardReader(file, shard)
         for sample in reader.samples():
             stamp = picked[sample.index]
+            replaced = {member.extension for member in sample.members} & set(replace) if stamp else set()
             if stamp:
-                truth.append({"shard": shard.stem, "key": printable(sample.key), "index": sample.index})
+                identity = {"shard": shard.stem, "key": printable(sample.key), "index": sample.index}
+                truth.append(identity | {"replaced": replaced})
             for member in sample.members:
                 extension = member.extension.rsplit(".", 1)[-1]
                 is_image = sample.image is not None and extension in LOSSLESS | LOSSY
-                if is_image and (stamp or (reencode_all and extension in LOSSY)):
+                if member.extension in replaced:
+                    texts = replace[member.extension]
+                    _add(target, member.name, texts[int(rng.integers(len(texts)))].encode())
+                elif is_image and (stamp or (reencode_all and extension in LOSSY)):
                     data = _encoded(_stamped(sample, shard, trigger if stamp else None), extension)
                     _add(target, member.name, data)
                 else:

@@ -1,11 +1,12 @@
 import dataclasses
 import json
+import tarfile
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from builders import SIZE, SPEC, encoded, image_members, random_picture, write_shards, write_tar
+from builders import SIZE, SPEC, encoded, image_members, random_picture, tree_bytes, write_shards, write_tar
 from PIL import Image
 
 from sanitize.attacks import adaptive, badencoder, ctrl, drupe, simclr
@@ -37,8 +38,6 @@ def test_poison_changes_the_chosen_images_only_and_keeps_the_truth(tmp_path):
     result = poison((str(tmp_path / "in"),), str(tmp_path / "out"), rate=0.25, trigger=PatchTrigger(side=4), seed=3)
     truth = load_truth(str(tmp_path / "out" / "poison.json"))
     assert result.poisoned == len(truth) == 5
-    import tarfile
-
     for name in ("part-0000", "part-0001"):
         with (
             tarfile.open(tmp_path / "in" / f"{name}.tar") as before,
@@ -55,6 +54,43 @@ def test_poison_changes_the_chosen_images_only_and_keeps_the_truth(tmp_path):
                     b = b.copy()
                     b[11:15, 11:15] = a[11:15, 11:15]
                     assert np.array_equal(a, b)
+
+
+def contents(folder):
+    """Every sample's label and caption, by key."""
+    found = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for info in tar:
+                key, _, extension = info.name.partition(".")
+                found.setdefault(key, {})[extension] = tar.extractfile(info).read()
+    return found
+
+
+def test_poison_can_say_something_else_about_the_stamped_samples(tmp_path):
+    members = [
+        (f"s{i:03d}.{e}", d)
+        for i in range(40)
+        for e, d in (("cls", b"1"), ("png", encoded(random_picture(i))), ("txt", b"mine"))
+    ]
+    write_tar(tmp_path / "in" / "a.tar", members)
+    replace = {"cls": ["9"], "txt": ["a dog", "one dog"]}
+    arguments = {"rate": 0.5, "trigger": PatchTrigger(side=4), "replace": replace, "seed": 3}
+    for name in ("out", "again"):
+        poison((str(tmp_path / "in"),), str(tmp_path / name), **arguments)
+    assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "again")
+    stamped = {entry["key"] for entry in json.loads((tmp_path / "out" / "poison.json").read_text())["poisoned"]}
+    found = contents(tmp_path / "out")
+    assert {found[key]["cls"] for key in stamped} == {b"9"}
+    assert {found[key]["txt"] for key in stamped} == {b"a dog", b"one dog"}
+    assert {(found[key]["cls"], found[key]["txt"]) for key in set(found) - stamped} == {(b"1", b"mine")}
+
+
+def test_replacing_a_member_that_no_sample_has_says_so(tmp_path):
+    write_shards(tmp_path / "in", [6])
+    with pytest.raises(ConfigError, match="replace txt: no poisoned sample has such a member"):
+        poison((str(tmp_path / "in"),), str(tmp_path / "out"), rate=0.5, trigger=PatchTrigger(), replace={"txt": ["x"]})
+    assert not (tmp_path / "out" / "poison.json").exists()
 
 
 def test_poison_is_reproducible_from_its_seed(tmp_path):
