@@ -22,9 +22,8 @@ from numpy.typing import NDArray
 
 from pipelines import benchmark_page, red_team
 from pipelines.benchmark_scores import Floats, Scored, Study, Victim, adapted_to_pool, fitted, scored
-from pipelines.data import LabelledImages, load_images, write_shard
+from pipelines.data import load_images, shapes_shard, write_shard
 from sanitize import storage
-from sanitize.attacks import tiny_clip
 from sanitize.attacks.triggers import Trigger, chosen, make_trigger
 from sanitize.config import ThresholdPolicy, check, from_mapping, load_encoder_spec, load_yaml
 from sanitize.errors import SanitizeError
@@ -133,12 +132,8 @@ def shards(config: BenchmarkConfig, pattern: str, part: str) -> str:
     """The pattern itself; "shapes" becomes a shard of coloured shapes that no victim was trained on."""
     if pattern != "shapes":
         return pattern
-    path = Path(config.out) / f"shapes-{part}.tar"
-    if not path.exists():
-        count, seed = (config.auxiliary_images, 9001) if part == "aux" else (3000, 9002)
-        pairs = tiny_clip.coloured_shapes(count, seed)
-        write_shard(path, LabelledImages(pairs.images, pairs.labels, pairs.captions))
-    return str(path)
+    count, seed = (config.auxiliary_images, 9001) if part == "aux" else (3000, 9002)
+    return shapes_shard(Path(config.out) / f"shapes-{part}.tar", count, seed)
 
 
 def poisoned_shard(config: BenchmarkConfig, name: str, source: str, size: int, trigger: Trigger) -> str:

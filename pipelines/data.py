@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from sanitize import storage
+from sanitize.attacks import tiny_clip
 from sanitize.config import check
 from sanitize.errors import ConfigError
 from sanitize.records import Shard
@@ -88,3 +89,11 @@ def write_shard(path: Path, images: LabelledImages) -> None:
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     partial.rename(path)
+
+
+def shapes_shard(path: Path, count: int, seed: int) -> str:
+    """A shard of procedural pictures with class (colour) and caption, written when it is not there."""
+    if not path.exists():
+        pairs = tiny_clip.coloured_shapes(count, seed)
+        write_shard(path, LabelledImages(pairs.images, pairs.labels, pairs.captions))
+    return str(path)
