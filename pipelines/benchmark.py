@@ -38,12 +38,13 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class VictimConfig:
     """config: a red-team YAML, overlaid with `settings`. test, auxiliary: shards; "shapes" in place of a path means
-    procedural pictures."""
+    procedural pictures. first_seed_only: auxiliary sets that are measured with the first seed only."""
 
     config: str
     test: str
     auxiliary: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
+    first_seed_only: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,10 @@ COLUMNS = (
 def run(config: BenchmarkConfig) -> list[Row]:
     rows: list[Row] = []
     for name, values in config.victims.items():
-        victim = load_victim(config, name, from_mapping(VictimConfig, values, f"victims.{name}"))
+        settings_of_victim = from_mapping(VictimConfig, values, f"victims.{name}")
+        victim = load_victim(config, name, settings_of_victim)
         for aux in victim.auxiliary:
-            for seed in config.seeds:
+            for seed in config.seeds[:1] if aux in settings_of_victim.first_seed_only else config.seeds:
                 for detector, settings in config.detectors.items():
                     only = settings.get("only", {})
                     if aux in only.get("aux", [aux]) and seed in only.get("seeds", [seed]):

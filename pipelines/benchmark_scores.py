@@ -76,7 +76,8 @@ class Scored:
 
 def scored(study: Study, victim: Victim, kind: str, aux: str, seed: int, detector: str, settings: Settings) -> Scored:
     """Of one encoder (kind: backdoored or clean), auxiliary set and seed: from an earlier run, or computed now."""
-    path = Path(study.out) / victim.name / f"{kind}-{aux}-{seed}" / f"{detector}-{_key(study, settings)}.npz"
+    name = settings.get("scorer", detector)
+    path = Path(study.out) / victim.name / f"{kind}-{aux}-{seed}" / f"{name}-{_key(study, settings)}.npz"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         compute = product if "scorer" in settings else baseline
