@@ -50,9 +50,6 @@ def write_histogram(
     path: str, scores: NDArray[np.float32], threshold: float | None, poisoned: NDArray[np.bool_] | None
 ) -> None:
     """Counts of scores on a log axis, split by truth when it is known, with the threshold."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), layout="constrained")

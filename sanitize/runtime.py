@@ -77,6 +77,17 @@ def _available(address: str) -> tuple[int, int]:
     return int(total.get("CPU", 1)), int(total.get("GPU", 0))
 
 
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """So many threads for torch in this process, which may be a library user's: the number before comes back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -113,7 +124,8 @@ def map_shards(
         return
     counts = _Counts(sum(shard.size for shard in shards))
     if resources.workers == 0:
-        yield from _map_here(task, shards, resources, display, counts)
+        with torch_threads(resources.cpus):
+            yield from _map_here(task, shards, resources, display, counts)
         return
     with ray_session(address):
         yield from _map_on_ray(task, shards, resources, display, counts)
@@ -140,7 +152,6 @@ class _Counts:
 def _map_here(
     task: Task, shards: Sequence[Shard], resources: Resources, display: ProgressDisplay, counts: _Counts
 ) -> Iterator[Outcome]:
-    torch.set_num_threads(resources.cpus)
     function = task.start(resources.cpus)
     for shard in shards:
         ticks = (0, 0, 0)

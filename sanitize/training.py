@@ -58,9 +58,9 @@ def train_decoder(config: FitConfig, auxiliary: Auxiliary, resources: Resources)
     path = storage.absolute(storage.join(config.out, "training", "last.pt"))
     with ProgressDisplay("train", config.training.epochs, config.training.epochs, "epochs") as display:
         if resources.workers == 0:
-            torch.set_num_threads(resources.cpus)
             place = Place(0, 1, runtime.device())
-            return _train(config, auxiliary, place, path, _shown(display, len(auxiliary.hashes)))
+            with runtime.torch_threads(resources.cpus):
+                return _train(config, auxiliary, place, path, _shown(display, len(auxiliary.hashes)))
         _train_on_ray(config, auxiliary, resources, path, display)
     return _restored(config, auxiliary, torch.device("cpu"), path)
 
@@ -152,9 +152,10 @@ def _set_learning_rate(config: FitConfig, optimizer: torch.optim.Optimizer, prog
 
 
 def _restored(config: FitConfig, auxiliary: Auxiliary, device: torch.device, path: str) -> TrainingState:
-    torch.manual_seed(config.seed)
     embeddings = auxiliary.embeddings
-    decoder = Decoder(config.decoder, embeddings.shape[1])
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on as if nothing had happened
+        torch.default_generator.manual_seed(config.seed)
+        decoder = Decoder(config.decoder, embeddings.shape[1])
     if config.decoder.standardize_embedding:
         decoder.embedding_mean.copy_(embeddings.mean(dim=0))
         decoder.embedding_scale.copy_(embeddings.std(dim=0).clamp(min=1e-6))
