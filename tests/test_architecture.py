@@ -14,7 +14,7 @@ LAYERS = [  # a module may import from its own row and the rows above it
     {"errors", "records"},
     {"storage", "config"},
     {"stages"},
-    {"progress", "metrics", "preview", "attacks", "detectors"},
+    {"progress", "metrics", "preview", "attacks", "detectors", "dataset"},
     {"runtime", "checkpoint", "training"},
     {"judge"},
     {"fit", "clean", "poison", "verify", "inspect"},

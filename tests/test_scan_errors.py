@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -148,7 +149,7 @@ def test_a_device_that_fails_while_reading_fails_its_shard_alone(shards, scan_co
     def opened(shard):
         return FailingDisk() if shard.stem == "part-0002" else open_shard(shard)
 
-    monkeypatch.setattr("sanitize.scan.open_shard", opened)
+    monkeypatch.setattr(sys.modules["sanitize.scan"], "open_shard", opened)
     result = scan(scan_config(shards, scores_only=True))
     assert "part-0002.tar: cannot be read ([Errno 5] Input/output error). Check the device" in result.failed[0]
     assert result.samples == 21

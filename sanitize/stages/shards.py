@@ -36,6 +36,8 @@ def list_shards(patterns: Sequence[str]) -> list[Shard]:
 
     Raises ConfigError when something is missing, nothing is found, or two inputs would get the same name.
     """
+    if isinstance(patterns, str):  # a str is a sequence of str: every letter would be looked for
+        raise ConfigError(f"shards: {patterns!r} is one text, a list of paths was expected. Write ({patterns!r},).")
     found: dict[str, Shard] = {}
     for pattern in patterns:
         matches = [shard for url in braceexpand.braceexpand(pattern) for shard in _list_one(url)]
@@ -212,6 +214,11 @@ class ShardReader:
     def bytes_read(self) -> int:
         return self._file.tell()
 
+    def content(self, member: Member) -> bytes:
+        """The bytes of a member of the sample that `samples()` just gave; only of a reader without images."""
+        self._file.seek(member.data)
+        return self._file.read_content(member.size)
+
     def _members(self) -> Iterator[Member]:
         """Members in tar order; stops at the first damage and describes it in `self.damage`."""
         if self._shard.size == 0:
@@ -281,9 +288,7 @@ class ShardReader:
         return replace(sample, caption=text, caption_reason=reason)
 
     def _is_image(self, member: Member) -> bool:
-        if self._image_member:
-            return member.extension == self._image_member
-        return member.extension.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS
+        return is_image(member.extension, self._image_member)
 
     def _finished(self, sample: Sample) -> Sample:
         if any(_leaves_folder(member.name) for member in sample.members):
@@ -308,6 +313,13 @@ def _member(info: tarfile.TarInfo, end: int) -> Member:
     match = _KEY_AND_EXTENSION.match(info.name) if info.isreg() and not info.issparse() else None
     key, extension = match.groups() if match else ("", "")
     return Member(info.name, key, extension.lower(), info.offset, info.offset_data, info.size, end)
+
+
+def is_image(extension: str, image_member: str = "") -> bool:
+    """Whether a member is scored: by the extension asked for, else by any of IMAGE_EXTENSIONS."""
+    if image_member:
+        return extension == image_member.lower().lstrip(".")
+    return extension.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS
 
 
 def _leaves_folder(name: str) -> bool:
