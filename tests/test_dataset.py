@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from sanitize import storage
 from sanitize.clean import clean
-from sanitize.config import ThresholdPolicy
+from sanitize.config import ScanConfig, ThresholdPolicy
 from sanitize.dataset import KeptSamples, keep_only
 from sanitize.errors import ConfigError, RefusedError, ShardError
 from sanitize.scan import scan
@@ -30,11 +30,13 @@ ALL = ThresholdPolicy("absolute", threshold=1e9)
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
-@pytest.fixture
-def four_shards(scan_config, tmp_path) -> str:
-    """Every one with kept samples."""
-    scan(scan_config(write_shards(tmp_path / "four", [10, 9, 8, 7]), out="of-four", policy=SOME))
-    return str(tmp_path / "of-four")
+@pytest.fixture(scope="module")
+def four_shards(detector, tmp_path_factory) -> str:
+    """A scan that no test changes; every shard has kept samples."""
+    folder = tmp_path_factory.mktemp("four")
+    shards, out = write_shards(folder / "shards", [10, 9, 8, 7]), str(folder / "scanned")
+    scan(ScanConfig((str(shards),), str(detector), out, policy=SOME, precision="fp32", batch_size=8, workers=0))
+    return out
 
 
 @pytest.fixture
@@ -132,17 +134,17 @@ def test_shards_and_scan_folder_may_be_urls(shards, scan_config):
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (2, 0), (2, 2), (5, 1)])
 @pytest.mark.parametrize("shuffle", [0, 7])
-def test_each_kept_sample_comes_once_over_all_workers_and_ranks(scanned, world, workers, shuffle):
+def test_each_kept_sample_comes_once_over_all_workers_and_ranks(four_shards, world, workers, shuffle):
     found = []
     for rank in range(world):
-        samples = KeptSamples(scanned, rank=rank, world=world, shuffle=shuffle)
+        samples = KeptSamples(four_shards, rank=rank, world=world, shuffle=shuffle)
         found += keys(DataLoader(samples, batch_size=None, num_workers=workers))
-    assert sorted(found) == sorted(decided(scanned))
+    assert sorted(found) == sorted(decided(four_shards))
 
 
-def test_a_spawned_worker_reads_as_a_forked_one_does(scanned):
-    loader = DataLoader(KeptSamples(scanned), batch_size=None, num_workers=1, multiprocessing_context="spawn")
-    assert sorted(keys(loader)) == sorted(decided(scanned))
+def test_a_spawned_worker_reads_as_a_forked_one_does(four_shards):
+    loader = DataLoader(KeptSamples(four_shards), batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    assert sorted(keys(loader)) == sorted(decided(four_shards))
 
 
 def test_ranks_come_from_the_environment_of_torchrun(four_shards, monkeypatch):
@@ -172,34 +174,34 @@ def test_ranks_come_from_torch_distributed_wherever_the_dataset_was_made(four_sh
     assert min(map(len, parts)) > 0
 
 
-def test_more_readers_than_shards_is_said(scanned, caplog):
-    list(KeptSamples(scanned, rank=0, world=5))
-    assert "3 shards for 5 readers: the rest get no sample. Use fewer workers." in caplog.text
+def test_more_readers_than_shards_is_said(four_shards, caplog):
+    list(KeptSamples(four_shards, rank=0, world=5))
+    assert "4 shards for 5 readers: the rest get no sample. Use fewer workers." in caplog.text
 
 
 @pytest.mark.parametrize(("rank", "world"), [(0, None), (None, 2), (2, 2), (-1, 2)])
-def test_rank_and_world_must_fit(scanned, rank, world):
+def test_rank_and_world_must_fit(four_shards, rank, world):
     with pytest.raises(ConfigError, match=r"rank"):
-        KeptSamples(scanned, rank=rank, world=world)
+        KeptSamples(four_shards, rank=rank, world=world)
 
 
 # ---------------------------------------------------------------- order
 
 
-def test_shuffling_depends_on_seed_and_epoch_only(scanned):
+def test_shuffling_depends_on_seed_and_epoch_only(four_shards):
     def order(seed=0, epoch=0):
-        samples = KeptSamples(scanned, shuffle=20, seed=seed)
+        samples = KeptSamples(four_shards, shuffle=20, seed=seed)
         samples.set_epoch(epoch)
         return keys(samples)
 
     assert order() == order()
     orders = [order(), order(seed=1), order(epoch=1)]
-    assert all(a != b for a, b in itertools.combinations([*orders, decided(scanned)], 2))
-    assert all(sorted(o) == sorted(decided(scanned)) for o in orders)
+    assert all(a != b for a, b in itertools.combinations([*orders, decided(four_shards)], 2))
+    assert all(sorted(o) == sorted(decided(four_shards)) for o in orders)
 
 
-def test_persistent_workers_see_the_epoch(scanned):
-    samples = KeptSamples(scanned, shuffle=20)
+def test_persistent_workers_see_the_epoch(four_shards):
+    samples = KeptSamples(four_shards, shuffle=20)
     loader = DataLoader(samples, batch_size=None, num_workers=1, persistent_workers=True)
     first = keys(loader)
     samples.set_epoch(1)
@@ -211,10 +213,10 @@ def test_persistent_workers_see_the_epoch(scanned):
 # ---------------------------------------------------------------- webdataset
 
 
-def test_it_is_the_source_of_a_webdataset_pipeline(scanned):
-    pipeline = wds.DataPipeline(KeptSamples(scanned), wds.decode("torchrgb"), wds.to_tuple("png", "cls"))
+def test_it_is_the_source_of_a_webdataset_pipeline(four_shards):
+    pipeline = wds.DataPipeline(KeptSamples(four_shards), wds.decode("torchrgb"), wds.to_tuple("png", "cls"))
     images, classes = zip(*pipeline, strict=True)
-    assert len(images) == 38
+    assert len(images) == 24
     assert images[0].shape == (3, 16, 16)
     assert all(isinstance(number, int) for number in classes)
 
@@ -248,10 +250,10 @@ def test_keep_only_holds_few_shards_and_still_decides_right(tmp_path, scan_confi
     assert len(predicate._held) <= 4
 
 
-def test_keep_only_after_decode_is_refused(scanned):
-    sample = next(iter(wds.DataPipeline(KeptSamples(scanned), wds.decode("torchrgb"))))
+def test_keep_only_after_decode_is_refused(four_shards):
+    sample = next(iter(wds.DataPipeline(KeptSamples(four_shards), wds.decode("torchrgb"))))
     with pytest.raises(ConfigError, match=r"decoded already, so its bytes cannot be compared\. Put it before decode"):
-        keep_only(scanned)(sample)
+        keep_only(four_shards)(sample)
 
 
 def test_keep_only_leaves_out_what_was_never_scored(tmp_path, scan_config, caplog):
