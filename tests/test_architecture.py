@@ -15,8 +15,8 @@ LAYERS = [  # a module may import from its own row and the rows above it
     {"storage", "config"},
     {"stages"},
     {"progress", "metrics", "preview", "attacks", "detectors"},
-    {"runtime", "checkpoint", "ranks", "embedding", "training"},
-    {"fit", "clean", "poison", "verify", "inspect"},
+    {"runtime", "checkpoint", "ranks", "embedding", "training", "learning", "objectives", "material", "trained"},
+    {"fit", "clean", "poison", "verify", "inspect", "finetune"},
     {"scan", "audit"},
     {"cli"},
 ]
@@ -58,8 +58,19 @@ def test_only_commands_touch_ray_and_only_when_needed(path):
         assert path.name in ("runtime.py", "ranks.py")
 
 
-def test_fit_scan_and_clean_never_import_attacks():
-    for name in ("fit", "scan", "clean", "training", "checkpoint", "runtime"):
+def test_commands_of_the_product_never_import_attacks():
+    for name in (
+        "fit",
+        "scan",
+        "clean",
+        "finetune",
+        "training",
+        "learning",
+        "objectives",
+        "material",
+        "trained",
+        "runtime",
+    ):
         assert "attacks" not in imported(ROOT / "sanitize" / f"{name}.py")
 
 

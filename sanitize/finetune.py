@@ -1,0 +1,253 @@
+"""`sanitize finetune`: clean shards + encoder → a head (linear, mlp), encoder and head (full), or a CLIP (contrastive).
+
+index the samples → embed them once (linear, mlp) or stream them (full, contrastive) → train → measure → write the folder.
+"""
+
+import contextlib
+import json
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sanitize import checkpoint, runtime, storage
+from sanitize.config import FinetuneConfig, check, to_mapping
+from sanitize.errors import RefusedError
+from sanitize.learning import Objective, State, finished_training, train, write_metrics
+from sanitize.material import Material, embedded, indexed
+from sanitize.objectives import (
+    ContrastiveObjective,
+    Features,
+    FullObjective,
+    HeadObjective,
+    require_lanes,
+)
+from sanitize.progress import ProgressDisplay
+from sanitize.ranks import Place, Report, train_on_ray
+from sanitize.records import Shard
+from sanitize.runtime import Resources
+from sanitize.stages.contrastive import load_clip
+from sanitize.stages.encoders import load_encoder
+from sanitize.stages.sample_index import DataSet, class_count
+from sanitize.stages.shards import head_tail_sha256, list_shards
+from sanitize.stages.text import load_text_encoder
+from sanitize.trained import evaluate, write_trained
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """samples: that were trained on. unreadable: whose picture or caption turned out to be broken; unusable: the others left
+    out, by reason. epochs: the lines of metrics.jsonl. evaluation: of the final weights, rates in [0, 1]. failed: one message
+    for each shard that was left out or is damaged."""
+
+    out: str
+    mode: str
+    samples: int
+    unreadable: int
+    unusable: dict[str, int]
+    classes: tuple[str, ...]
+    epochs: tuple[dict[str, float], ...]
+    evaluation: dict[str, float]
+    failed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Course:
+    """What every worker needs to build the objective; plain data, put into Ray's object store once."""
+
+    config: FinetuneConfig
+    classes: int
+    training: DataSet | Features
+    validation: DataSet | Features | None
+    threads: int
+
+
+def finetune(config: FinetuneConfig) -> FinetuneResult:
+    """Train on the shards, measure on the validation shards, write `config.out`. After a kill the same call goes on."""
+    sets = {name: list_shards(getattr(config, name)) for name in ("shards", "validation", "triggered")}
+    encoder = load_encoder(config.encoder)
+    fingerprint = encoder.fingerprint()
+    if config.mode == "contrastive":
+        load_text_encoder(config.encoder)  # fail here, not in a worker
+    _open_run(config, fingerprint, sets)
+    done = storage.join(config.out, "finetune.json")
+    if storage.exists(done):
+        log.info("%s holds this training already", config.out)
+        return _result(config, storage.read_json(done))
+    resources = runtime.plan(
+        config.workers, config.cpus_per_worker, config.gpus_per_worker, len(sets["shards"]), config.address
+    )
+    with runtime.ray_session(config.address) if resources.workers else contextlib.nullcontext():
+        materials = _indexed(config, sets, resources)
+        classes = _classes(config, materials)
+        course, unreadable = _course(config, fingerprint, materials, len(classes), resources)
+        model, state = _train(config, course, resources)
+        write_metrics(storage.join(config.out, "metrics.jsonl"), state.metrics)
+        trained = write_trained(config, model, fingerprint, classes)
+        bank = course.training if isinstance(course.training, Features) else None
+        evaluation = evaluate(config, trained, classes, materials, bank, resources)
+    return _finish(config, materials, classes, state, unreadable, evaluation)
+
+
+def _open_run(config: FinetuneConfig, fingerprint: str, sets: dict[str, list[Shard]]) -> None:
+    """Write run.json, or check that it describes this very run: a folder never mixes two."""
+    placement = ("workers", "gpus_per_worker", "cpus_per_worker", "address", "out", "checkpoint_steps")
+    settings = {key: value for key, value in to_mapping(config).items() if key not in placement}
+    both_towers = storage.file_sha256(config.encoder.weights) if config.mode == "contrastive" else ""
+    with ThreadPoolExecutor(16) as pool:
+        inputs = {
+            name: dict(zip((s.stem for s in shards), pool.map(head_tail_sha256, shards), strict=True))
+            for name, shards in sets.items()
+        }
+    run = json.loads(json.dumps(settings | inputs | {"encoder": [fingerprint, both_towers]}))
+    path = storage.join(config.out, "run.json")
+    if storage.exists(path):
+        before = storage.read_json(path)
+        changed = sorted(key for key in run if run[key] != before.get(key))
+        if changed:
+            raise RefusedError(
+                f"{config.out}: holds a training that differs in {', '.join(changed)}. Give another --out, or delete the folder "
+                "to train again."
+            )
+    elif storage.exists(storage.join(config.out, "training", "last.pt")):
+        raise RefusedError(
+            f"{config.out}: holds checkpoints of an unknown training (no run.json). Give another --out, or delete the folder."
+        )
+    else:
+        storage.write_json(path, run)
+    storage.remove_partials(config.out)
+
+
+# ---------------------------------------------------------------- what is trained on
+
+
+def _indexed(config: FinetuneConfig, sets: dict[str, list[Shard]], resources: Resources) -> dict[str, Material]:
+    """By the setting's name. Labels are needed for heads, and of a CLIP to measure zero-shot classes."""
+    contrastive = config.mode == "contrastive"
+    materials = {}
+    for name, shards in sets.items():
+        if not shards:
+            continue
+        labels = "" if contrastive and (name == "shards" or not config.classes) else config.label_member
+        captions = config.caption_member if contrastive and name != "triggered" else ""
+        materials[name] = indexed(name, config, shards, labels, captions, resources)
+    return materials
+
+
+def _classes(config: FinetuneConfig, materials: dict[str, Material]) -> tuple[str, ...]:
+    """Names in the order of the labels. Raises ConfigError when a label has none."""
+    names = config.classes
+    if config.mode != "contrastive":
+        count = class_count(names, materials["shards"].data.labels, "classes")
+        names = names or tuple(str(label) for label in range(count))
+    for name in ("validation", "triggered"):
+        if name in materials and names:
+            class_count(names, materials[name].data.labels, name)
+    check(
+        config.target < max(len(names), 1) or not names,
+        f"target: {config.target}, but there are {len(names)} classes (labels 0 to {len(names) - 1}). Correct --target.",
+    )
+    return names
+
+
+def _course(
+    config: FinetuneConfig, fingerprint: str, materials: dict[str, Material], classes: int, resources: Resources
+) -> tuple[Course, int]:
+    """(the course, unreadable training samples as far as they are known before training)"""
+    training, validation = materials["shards"], materials.get("validation")
+    if config.mode in ("full", "contrastive"):
+        require_lanes(config, training.data, resources.workers)
+        return Course(config, classes, training.data, validation.data if validation else None, resources.cpus), 0
+    features, unreadable = embedded(config, config.encoder, fingerprint, training, resources)
+    held_out = embedded(config, config.encoder, fingerprint, validation, resources)[0] if validation else None
+    return Course(config, classes, features, held_out, resources.cpus), unreadable
+
+
+def _objective(course: Course) -> Objective:
+    config, training, validation = course.config, course.training, course.validation
+    if isinstance(training, Features):
+        assert validation is None or isinstance(validation, Features)
+        return HeadObjective(config, course.classes, training, validation)
+    assert not isinstance(validation, Features)
+    if config.mode == "full":
+        encoder = load_encoder(config.encoder)
+        return FullObjective(config, course.classes, encoder, training, validation, course.threads)
+    return ContrastiveObjective(config, load_clip(config.encoder), training, validation, course.threads)
+
+
+# ---------------------------------------------------------------- training
+
+
+def _train(config: FinetuneConfig, course: Course, resources: Resources) -> tuple[nn.Module, State]:
+    """The model with its final weights, on the CPU."""
+    folder = storage.absolute(storage.join(config.out, "training"))
+    with ProgressDisplay("finetune", config.epochs, config.epochs, "epochs") as display:
+
+        def show(values: dict[str, Any]) -> None:
+            display.skip(values["first"])
+            display.update(int(values["epochs"]), values["epochs"], values["samples"], values["note"])
+
+        if resources.workers == 0:
+            torch.set_num_threads(resources.cpus)
+            _train_here(course, Place(0, 1, runtime.device()), folder, show)
+        else:
+
+            def loop(shared: Course, place: Place, report: Report) -> None:
+                _train_here(shared, place, folder, report)
+
+            train_on_ray(loop, course, resources, folder, show)
+    model = _objective(course).model
+    return model, finished_training(config, model, folder)
+
+
+def _train_here(course: Course, place: Place, folder: str, report: Report) -> None:
+    train(course.config, _objective(course), place, folder, report)
+
+
+# ---------------------------------------------------------------- result
+
+
+def _finish(
+    config: FinetuneConfig,
+    materials: dict[str, Material],
+    classes: tuple[str, ...],
+    state: State,
+    unreadable: int,
+    evaluation: dict[str, float],
+) -> FinetuneResult:
+    """Write finetune.json, the mark of a finished training, and delete what only served to get there."""
+    training = materials["shards"]
+    last = state.metrics[-1]
+    values = {
+        "mode": config.mode,
+        "samples": len(training.data) - unreadable - int(last["unreadable"]),
+        "unreadable": unreadable + int(last["unreadable"]),
+        "unusable": dict(training.unusable),
+        "classes": list(classes),
+        "epochs": state.metrics,
+        "evaluation": evaluation,
+        "failed": sorted(message for material in materials.values() for message in material.failed),
+        "versions": checkpoint.library_versions(),
+    }
+    storage.write_json(storage.join(config.out, "finetune.json"), values)
+    storage.remove_folder(storage.join(config.out, "cache"))
+    storage.remove_folder(storage.join(config.out, "training"))
+    return _result(config, storage.read_json(storage.join(config.out, "finetune.json")))
+
+
+def _result(config: FinetuneConfig, values: dict[str, Any]) -> FinetuneResult:
+    return FinetuneResult(
+        out=config.out,
+        mode=values["mode"],
+        samples=values["samples"],
+        unreadable=values["unreadable"],
+        unusable=values["unusable"],
+        classes=tuple(values["classes"]),
+        epochs=tuple(values["epochs"]),
+        evaluation=values["evaluation"],
+        failed=tuple(values["failed"]),
+    )
