@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from sanitize import checkpoint, runtime, storage
 from sanitize.config import FinetuneConfig, check, to_mapping
