@@ -17,7 +17,7 @@ from sanitize import checkpoint, runtime, storage
 from sanitize.config import FinetuneConfig, check, to_mapping
 from sanitize.errors import RefusedError
 from sanitize.learning import Objective, State, finished_training, train, write_metrics
-from sanitize.material import Material, embedded, indexed
+from sanitize.material import Material, Source, embedded, indexed
 from sanitize.objectives import (
     ContrastiveObjective,
     Features,
@@ -83,15 +83,15 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         config.workers, config.cpus_per_worker, config.gpus_per_worker, len(sets["shards"]), config.address
     )
     with runtime.ray_session(config.address) if resources.workers else contextlib.nullcontext():
-        materials = _indexed(config, sets, resources)
+        materials = indexed(config, _sources(config, sets), resources)
         classes = _classes(config, materials)
-        course, unreadable = _course(config, fingerprint, materials, len(classes), resources)
+        course = _course(config, fingerprint, materials, len(classes), resources)
         model, state = _train(config, course, resources)
         write_metrics(storage.join(config.out, "metrics.jsonl"), state.metrics)
         trained = write_trained(config, model, fingerprint, classes)
         bank = course.training if isinstance(course.training, Features) else None
         evaluation = evaluate(config, trained, classes, materials, bank, resources)
-    return _finish(config, materials, classes, state, unreadable, evaluation)
+    return _finish(config, materials, classes, state, evaluation)
 
 
 def _open_run(config: FinetuneConfig, fingerprint: str, sets: dict[str, list[Shard]]) -> None:
@@ -126,17 +126,15 @@ def _open_run(config: FinetuneConfig, fingerprint: str, sets: dict[str, list[Sha
 # ---------------------------------------------------------------- what is trained on
 
 
-def _indexed(config: FinetuneConfig, sets: dict[str, list[Shard]], resources: Resources) -> dict[str, Material]:
-    """By the setting's name. Labels are needed for heads, and of a CLIP to measure zero-shot classes."""
+def _sources(config: FinetuneConfig, sets: dict[str, list[Shard]]) -> list[Source]:
+    """Labels are needed for heads, and of a CLIP only to measure zero-shot classes; captions only to train and validate a CLIP."""
     contrastive = config.mode == "contrastive"
-    materials = {}
+    sources = []
     for name, shards in sets.items():
-        if not shards:
-            continue
-        labels = "" if contrastive and (name == "shards" or not config.classes) else config.label_member
-        captions = config.caption_member if contrastive and name != "triggered" else ""
-        materials[name] = indexed(name, config, shards, labels, captions, resources)
-    return materials
+        label_member = "" if contrastive and (name == "shards" or not config.classes) else config.label_member
+        caption_member = config.caption_member if contrastive and name != "triggered" else ""
+        sources += [Source(name, tuple(shards), label_member, caption_member)] if shards else []
+    return sources
 
 
 def _classes(config: FinetuneConfig, materials: dict[str, Material]) -> tuple[str, ...]:
@@ -157,15 +155,13 @@ def _classes(config: FinetuneConfig, materials: dict[str, Material]) -> tuple[st
 
 def _course(
     config: FinetuneConfig, fingerprint: str, materials: dict[str, Material], classes: int, resources: Resources
-) -> tuple[Course, int]:
-    """(the course, unreadable training samples as far as they are known before training)"""
-    training, validation = materials["shards"], materials.get("validation")
+) -> Course:
+    training, validation = materials["shards"].data, materials.get("validation")
     if config.mode in ("full", "contrastive"):
-        require_lanes(config, training.data, resources.workers)
-        return Course(config, classes, training.data, validation.data if validation else None, resources.cpus), 0
-    features, unreadable = embedded(config, config.encoder, fingerprint, training, resources)
-    held_out = embedded(config, config.encoder, fingerprint, validation, resources)[0] if validation else None
-    return Course(config, classes, features, held_out, resources.cpus), unreadable
+        require_lanes(config, training, resources.workers)
+        return Course(config, classes, training, validation.data if validation else None, resources.cpus)
+    features = embedded(config, config.encoder, fingerprint, list(materials.values()), resources)
+    return Course(config, classes, features["shards"], features.get("validation"), resources.cpus)
 
 
 def _objective(course: Course) -> Objective:
@@ -217,16 +213,15 @@ def _finish(
     materials: dict[str, Material],
     classes: tuple[str, ...],
     state: State,
-    unreadable: int,
     evaluation: dict[str, float],
 ) -> FinetuneResult:
     """Write finetune.json, the mark of a finished training, and delete what only served to get there."""
     training = materials["shards"]
-    last = state.metrics[-1]
+    samples = int(state.metrics[-1]["samples"])
     values = {
         "mode": config.mode,
-        "samples": len(training.data) - unreadable - int(last["unreadable"]),
-        "unreadable": unreadable + int(last["unreadable"]),
+        "samples": samples,
+        "unreadable": len(training.data) - samples,
         "unusable": dict(training.unusable),
         "classes": list(classes),
         "epochs": state.metrics,

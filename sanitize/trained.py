@@ -73,17 +73,18 @@ def evaluate(
     fingerprint = encoder.fingerprint()
     predict = _predictor(config, spec, encoder, classes)
     found: dict[str, float] = {}
-    if "validation" in materials:
-        features, unreadable = embedded(config, spec, fingerprint, materials["validation"], resources)
+    measured = [material for name, material in materials.items() if name != "shards"]
+    sets = embedded(config, spec, fingerprint, measured, resources)
+    if "validation" in sets:
+        features = sets["validation"]
         labels = features.labels.numpy()
         found["clean_accuracy"] = metrics.accuracy(predict(features.embeddings), labels)
-        found["unreadable"] = unreadable
         if bank is not None:
             known, queries = (functional.normalize(f.embeddings, dim=1) for f in (bank, features))
             votes = metrics.knn_predictions(known, bank.labels, queries, len(classes))
             found["knn_accuracy"] = metrics.accuracy(votes.numpy(), labels)
-    if "triggered" in materials:
-        features, _ = embedded(config, spec, fingerprint, materials["triggered"], resources)
+    if "triggered" in sets:
+        features = sets["triggered"]
         predictions = predict(features.embeddings)
         found["attack_success"] = metrics.attack_success(predictions, features.labels.numpy(), config.target)
         found["attack_success_with_target"] = metrics.attack_success_with_target(predictions, config.target)

@@ -20,11 +20,15 @@ from sanitize.attacks import tiny_clip
 from sanitize.cli import main
 from sanitize.config import EncoderSpec, FinetuneConfig, load_encoder_spec
 from sanitize.errors import CheckpointError, ConfigError, RefusedError, SanitizeError
-from sanitize.finetune import _open_run, finetune
+from sanitize.finetune import _classes, _course, _objective, _open_run, _sources, _train_here, finetune
+from sanitize.material import indexed
+from sanitize.objectives import require_lanes
 from sanitize.ranks import Place
+from sanitize.runtime import Resources
 from sanitize.stages.contrastive import load_clip, save_clip
 from sanitize.stages.encoders import load_encoder
 from sanitize.stages.heads import load_head
+from sanitize.stages.shards import list_shards
 
 CLASSES = 3
 
@@ -238,26 +242,19 @@ def test_the_command_works_as_documented(make, clean, encoder_yaml, tmp_path, mo
 
 def ddp_rank(rank: int, world: int, course, folder: str) -> None:
     """One rank of a training without Ray: what Ray Train does, in a process of its own."""
-    from sanitize.finetune import _train_here
-
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
     _train_here(course, Place(rank, world, torch.device("cpu")), folder, print)
     torch.distributed.destroy_process_group()
 
 
-def course_of(config: FinetuneConfig, tmp_path: Path):
-    from sanitize.config import to_mapping
-    from sanitize.finetune import _classes, _course, _indexed
-    from sanitize.runtime import Resources
-    from sanitize.stages.shards import list_shards
-
-    assert to_mapping(config)
+def course_of(config: FinetuneConfig):
+    """What the workers of a training get."""
     sets = {name: list_shards(getattr(config, name)) for name in ("shards", "validation", "triggered")}
     resources = Resources(0, 1, 0)
-    materials = _indexed(config, sets, resources)
-    classes = _classes(config, materials)
-    return _course(config, load_encoder(config.encoder).fingerprint(), materials, len(classes), resources)[0]
+    materials = indexed(config, _sources(config, sets), resources)
+    fingerprint = load_encoder(config.encoder).fingerprint()
+    return _course(config, fingerprint, materials, len(_classes(config, materials)), resources)
 
 
 @pytest.mark.slow
@@ -278,7 +275,7 @@ def test_ranks_together_give_the_loss_curve_of_one_process(
     else:
         shards = labelled(tmp_path / "in", [60, 1, 4], broken=2)
         changes |= {"shards": (str(shards),), "validation": (str(validation),), "learning_rate": 1e-3}
-    course = course_of(make("x", **changes), tmp_path)
+    course = course_of(make("x", **changes))
     curves = []
     for ranks in (1, world):
         folder = tmp_path / f"ranks-{ranks}"
@@ -301,9 +298,7 @@ def test_ray_train_gives_the_curve_of_one_process(make, validation, ray_cluster,
 def test_one_shard_feeds_several_workers(make, tmp_path):
     """Lanes are cut inside shards: fewer shards than workers is no special case."""
     shards = labelled(tmp_path / "in", [40])
-    course = course_of(make(shards=(str(shards),), mode="full", batch_size=10), tmp_path)
-    from sanitize.finetune import _objective
-
+    course = course_of(make(shards=(str(shards),), mode="full", batch_size=10))
     read = []
     for rank in range(3):
         batches = list(_objective(course).batches(0, 0, Place(rank, 3, torch.device("cpu"))))
@@ -412,12 +407,14 @@ def test_a_class_count_that_does_not_fit_says_so(make, validation, tmp_path):
         finetune(make("third", triggered=(str(validation),), target=3))
 
 
-def test_more_workers_than_lanes_says_how_many_can_work(make, ray_cluster, tmp_path):
-    shards = labelled(tmp_path / "in", [5])
+def test_more_workers_than_lanes_says_how_many_can_work(make, tmp_path):
+    config = make(shards=(str(labelled(tmp_path / "in", [5])),), mode="full", lanes=1)
+    data = course_of(config).training
+    require_lanes(config, data, 1)
     with pytest.raises(
         ConfigError, match=r"2 workers share 1 lanes \(5 samples, lanes=1\).* Give --workers 1 or fewer"
     ):
-        finetune(make(shards=(str(shards),), mode="full", lanes=1, workers=2))
+        require_lanes(config, data, 2)
 
 
 def test_the_folder_of_another_run_is_refused(make, tmp_path):
