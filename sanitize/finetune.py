@@ -74,7 +74,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     fingerprint = encoder.fingerprint()
     if config.mode == "contrastive":
         load_text_encoder(config.encoder)  # fail here, not in a worker
-    _open_run(config, fingerprint, sets)
+    run = _identity(config, fingerprint, sets)
+    _refuse_other_run(config.out, run)
     done = storage.join(config.out, "finetune.json")
     if storage.exists(done):
         log.info("%s holds this training already", config.out)
@@ -83,19 +84,21 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         config.workers, config.cpus_per_worker, config.gpus_per_worker, len(sets["shards"]), config.address
     )
     with runtime.ray_session(config.address) if resources.workers else contextlib.nullcontext():
-        materials = indexed(config, _sources(config, sets), resources)
+        cache = storage.absolute(storage.join(config.out, "cache", storage.json_sha256(run)[:16]))
+        materials = indexed(config, _sources(config, sets), cache, resources)
         classes = _classes(config, materials)
-        course = _course(config, fingerprint, materials, len(classes), resources)
+        storage.write_json(storage.join(config.out, "run.json"), run)  # not before labels and classes are known to fit
+        course = _course(config, fingerprint, materials, len(classes), cache, resources)
         model, state = _train(config, course, resources)
         write_metrics(storage.join(config.out, "metrics.jsonl"), state.metrics)
         trained = write_trained(config, model, fingerprint, classes)
         bank = course.training if isinstance(course.training, Features) else None
-        evaluation = evaluate(config, trained, classes, materials, bank, resources)
+        evaluation = evaluate(config, trained, classes, materials, bank, cache, resources)
     return _finish(config, materials, classes, state, evaluation)
 
 
-def _open_run(config: FinetuneConfig, fingerprint: str, sets: dict[str, list[Shard]]) -> None:
-    """Write run.json, or check that it describes this very run: a folder never mixes two."""
+def _identity(config: FinetuneConfig, fingerprint: str, sets: dict[str, list[Shard]]) -> dict[str, Any]:
+    """What makes this run this run: settings, inputs, encoder; not where and on how many workers it happens."""
     placement = ("workers", "gpus_per_worker", "cpus_per_worker", "address", "out", "checkpoint_steps")
     settings = {key: value for key, value in to_mapping(config).items() if key not in placement}
     both_towers = storage.file_sha256(config.encoder.weights) if config.mode == "contrastive" else ""
@@ -104,23 +107,25 @@ def _open_run(config: FinetuneConfig, fingerprint: str, sets: dict[str, list[Sha
             name: dict(zip((s.stem for s in shards), pool.map(head_tail_sha256, shards), strict=True))
             for name, shards in sets.items()
         }
-    run = json.loads(json.dumps(settings | inputs | {"encoder": [fingerprint, both_towers]}))
-    path = storage.join(config.out, "run.json")
-    if storage.exists(path):
-        before = storage.read_json(path)
-        changed = sorted(key for key in run if run[key] != before.get(key))
-        if changed:
-            raise RefusedError(
-                f"{config.out}: holds a training that differs in {', '.join(changed)}. Give another --out, or delete the folder "
-                "to train again."
-            )
-    elif storage.exists(storage.join(config.out, "training", "last.pt")):
+    run: dict[str, Any] = json.loads(json.dumps(settings | inputs | {"encoder": [fingerprint, both_towers]}))
+    return run
+
+
+def _refuse_other_run(out: str, run: dict[str, Any]) -> None:
+    """A folder never mixes two trainings; run.json remembers which it holds."""
+    path = storage.join(out, "run.json")
+    before = storage.read_json(path) if storage.exists(path) else {}
+    changed = sorted(key for key in run if before and run[key] != before.get(key))
+    if changed:
         raise RefusedError(
-            f"{config.out}: holds checkpoints of an unknown training (no run.json). Give another --out, or delete the folder."
+            f"{out}: holds a training that differs in {', '.join(changed)}. Give another --out, or delete the folder "
+            "to train again."
         )
-    else:
-        storage.write_json(path, run)
-    storage.remove_partials(config.out)
+    if not before and storage.exists(storage.join(out, "training", "last.pt")):
+        raise RefusedError(
+            f"{out}: holds checkpoints of an unknown training (no run.json). Give another --out, or delete the folder."
+        )
+    storage.remove_partials(out)
 
 
 # ---------------------------------------------------------------- what is trained on
@@ -154,13 +159,18 @@ def _classes(config: FinetuneConfig, materials: dict[str, Material]) -> tuple[st
 
 
 def _course(
-    config: FinetuneConfig, fingerprint: str, materials: dict[str, Material], classes: int, resources: Resources
+    config: FinetuneConfig,
+    fingerprint: str,
+    materials: dict[str, Material],
+    classes: int,
+    cache: str,
+    resources: Resources,
 ) -> Course:
     training, validation = materials["shards"].data, materials.get("validation")
     if config.mode in ("full", "contrastive"):
         require_lanes(config, training, resources.workers)
         return Course(config, classes, training, validation.data if validation else None, resources.cpus)
-    features = embedded(config, config.encoder, fingerprint, list(materials.values()), resources)
+    features = embedded(config, config.encoder, fingerprint, list(materials.values()), cache, resources)
     return Course(config, classes, features["shards"], features.get("validation"), resources.cpus)
 
 

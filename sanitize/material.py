@@ -67,12 +67,13 @@ class Material:
     failed: tuple[str, ...]
 
 
-def indexed(config: FinetuneConfig, sources: list[Source], resources: Resources) -> dict[str, Material]:
-    """By the source's name; all sources in one pool of workers, which take seconds to start.
+def indexed(config: FinetuneConfig, sources: list[Source], cache: str, resources: Resources) -> dict[str, Material]:
+    """By the source's name, cached in `cache`, which belongs to this run alone. One pool of workers (they take
+    seconds to start) does all sources.
 
     Raises ConfigError when a source has no usable sample, and for labels that are missing or not integers.
     """
-    cache = storage.absolute(storage.join(config.out, "cache", "index"))
+    cache = storage.join(cache, "index")
     task = IndexTask(config.image_member, {s.name: (s.label_member, s.caption_member) for s in sources}, cache)
     shards = [dataclasses.replace(shard, stem=f"{s.name}/{shard.stem}") for s in sources for shard in s.shards]
     with ProgressDisplay("index", len(shards), sum(shard.size for shard in shards)) as display:
@@ -117,10 +118,15 @@ def _nothing_usable(source: Source, unusable: Counter[str], failed: list[str]) -
 
 
 def embedded(
-    config: FinetuneConfig, spec: EncoderSpec, fingerprint: str, materials: list[Material], resources: Resources
+    config: FinetuneConfig,
+    spec: EncoderSpec,
+    fingerprint: str,
+    materials: list[Material],
+    cache: str,
+    resources: Resources,
 ) -> dict[str, Features]:
     """Embeddings and labels of all readable samples in order, by source. Cached, for this very encoder only."""
-    cache = storage.absolute(storage.join(config.out, "cache", fingerprint[:16]))
+    cache = storage.join(cache, fingerprint[:16])
     task = EmbedTask(spec, 0, config.precision, config.batch_size, 0, config.image_member, cache)
     shards = [shard for material in materials for shard in material.data.shards]
     with ProgressDisplay("embed", len(shards), sum(shard.size for shard in shards)) as display:

@@ -61,6 +61,7 @@ def evaluate(
     classes: tuple[str, ...],
     materials: dict[str, Material],
     bank: Features | None,
+    cache: str,
     resources: Resources,
 ) -> dict[str, float]:
     """The final weights on the shards `validation` and `triggered`; rates in [0, 1].
@@ -74,7 +75,7 @@ def evaluate(
     predict = _predictor(config, spec, encoder, classes)
     found: dict[str, float] = {}
     measured = [material for name, material in materials.items() if name != "shards"]
-    sets = embedded(config, spec, fingerprint, measured, resources)
+    sets = embedded(config, spec, fingerprint, measured, cache, resources)
     if "validation" in sets:
         features = sets["validation"]
         labels = features.labels.numpy()

@@ -20,7 +20,7 @@ from sanitize.attacks import tiny_clip
 from sanitize.cli import main
 from sanitize.config import EncoderSpec, FinetuneConfig, load_encoder_spec
 from sanitize.errors import CheckpointError, ConfigError, RefusedError, SanitizeError
-from sanitize.finetune import _classes, _course, _objective, _open_run, _sources, _train_here, finetune
+from sanitize.finetune import _classes, _course, _objective, _sources, _train_here, finetune
 from sanitize.material import indexed
 from sanitize.objectives import require_lanes
 from sanitize.ranks import Place
@@ -252,9 +252,10 @@ def course_of(config: FinetuneConfig):
     """What the workers of a training get."""
     sets = {name: list_shards(getattr(config, name)) for name in ("shards", "validation", "triggered")}
     resources = Resources(0, 1, 0)
-    materials = indexed(config, _sources(config, sets), resources)
+    materials = indexed(config, _sources(config, sets), f"{config.out}/cache", resources)
     fingerprint = load_encoder(config.encoder).fingerprint()
-    return _course(config, fingerprint, materials, len(_classes(config, materials)), resources)
+    classes = len(_classes(config, materials))
+    return _course(config, fingerprint, materials, classes, f"{config.out}/cache", resources)
 
 
 @pytest.mark.slow
@@ -388,6 +389,15 @@ def test_shards_without_labels_say_which_member_was_looked_for(make, tmp_path):
         finetune(make(shards=(str(tmp_path / "in"),)))
 
 
+def test_after_a_wrong_label_member_the_right_one_needs_no_other_folder(make, tmp_path):
+    members = [(f"s{n}.png", encoded(picture(n % 2, n))) for n in range(12)]
+    members += [(f"s{n}.json", json.dumps({"label": n % 2}).encode()) for n in range(12)]
+    shard = write_tar(tmp_path / "in" / "s.tar", sorted(members))
+    with pytest.raises(ConfigError, match=r"has no label: no \.cls member"):
+        finetune(make(shards=(str(shard),)))
+    assert finetune(make(shards=(str(shard),), label_member="json:label")).samples == 12
+
+
 def test_shards_without_captions_say_so(make, clean, tiny_clip_spec):
     with pytest.raises(
         ConfigError, match=r"96 no_caption\). No caption was found as txt: name its member with --caption"
@@ -425,7 +435,7 @@ def test_the_folder_of_another_run_is_refused(make, tmp_path):
     (tmp_path / "head" / "training").mkdir()
     (tmp_path / "head" / "training" / "last.pt").write_bytes(b"x")
     with pytest.raises(RefusedError, match=r"holds checkpoints of an unknown training \(no run.json\)"):
-        _open_run(make(), "f", {"shards": []})
+        finetune(make())
 
 
 def test_another_encoder_in_the_same_folder_is_refused(make, tmp_path):
