@@ -145,7 +145,7 @@ def test_wrong_use_is_one_clear_line_and_exit_code_2(sanitize, tmp_path, detecto
     ("text", "words"),
     [
         ("scan: {detektor: x}", "settings of scan: unknown key 'detektor'"),
-        ("skan: {}", "sanitize.yaml: unknown section 'skan'. Known sections: fit, scan."),
+        ("skan: {}", "sanitize.yaml: unknown section 'skan'. Known sections: fit, scan, finetune."),
         ("scan: [", "sanitize.yaml: not valid YAML"),
         ("just text", "holds str, settings were expected"),
         (
