@@ -167,7 +167,9 @@ def test_a_label_that_is_not_an_integer_says_what_it_is(tmp_path, name, data, me
 
 def test_a_label_member_is_an_extension_or_a_json_field(tmp_path):
     write_tar(tmp_path / "s.tar", image_members(["a"]))
-    with pytest.raises(ConfigError, match="label_member: 'json' is not an extension such as txt, or json:<field>"):
+    with pytest.raises(
+        ConfigError, match="label_member: 'json' is not an extension such as cls, or json:<field> such as json:label"
+    ):
         data_set(tmp_path, "json")
 
 

@@ -9,7 +9,7 @@ MAX_LABEL_BYTES = 1 << 16
 
 def split_label_member(label_member: str) -> tuple[str, str]:
     """ "cls" → ("cls", ""); "json:label" → ("json", "label"): extension and field."""
-    return split_member(label_member, setting="label_member")
+    return split_member(label_member, setting="label_member", usual="cls")
 
 
 def label_of(data: bytes, field: str) -> tuple[int, str]:
