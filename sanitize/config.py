@@ -313,6 +313,14 @@ def load_encoder_spec(path: str) -> EncoderSpec:
     return dataclasses.replace(spec, architecture=architecture, weights=beside(spec.weights), tokenizer=tokenizer)
 
 
+def placed(spec: EncoderSpec) -> EncoderSpec:
+    """With absolute paths: a worker or a later command may start in another folder."""
+    tokenizer = spec.tokenizer if spec.tokenizer in ("", "open_clip") else storage.absolute(spec.tokenizer)
+    return dataclasses.replace(
+        spec, weights=storage.absolute(spec.weights) if spec.weights else "", tokenizer=tokenizer
+    )
+
+
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """A config dataclass from plain values. Unknown keys and wrong types are errors that name the key."""
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ index the samples → embed them once (linear, mlp) or stream them (full, contra
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +15,9 @@ import torch
 from torch import nn
 
 from sanitize import checkpoint, runtime, storage
-from sanitize.config import FinetuneConfig, check, to_mapping
+from sanitize.config import FinetuneConfig, check, placed, to_mapping
 from sanitize.errors import RefusedError
-from sanitize.learning import Objective, State, finished_training, train, write_metrics
+from sanitize.learning import Objective, State, Training, finished_training
 from sanitize.material import Material, Source, embedded, indexed
 from sanitize.objectives import (
     ContrastiveObjective,
@@ -70,8 +71,8 @@ class Course:
 def finetune(config: FinetuneConfig) -> FinetuneResult:
     """Train on the shards, measure on the validation shards, write `config.out`. After a kill the same call goes on."""
     sets = {name: list_shards(getattr(config, name)) for name in ("shards", "validation", "triggered")}
-    encoder = load_encoder(config.encoder)
-    fingerprint = encoder.fingerprint()
+    config = dataclasses.replace(config, encoder=placed(config.encoder))
+    fingerprint = load_encoder(config.encoder).fingerprint()
     if config.mode == "contrastive":
         load_text_encoder(config.encoder)  # fail here, not in a worker
     run = _identity(config, fingerprint, sets)
@@ -90,7 +91,6 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         storage.write_json(storage.join(config.out, "run.json"), run)  # not before labels and classes are known to fit
         course = _course(config, fingerprint, materials, len(classes), cache, resources)
         model, state = _train(config, course, resources)
-        write_metrics(storage.join(config.out, "metrics.jsonl"), state.metrics)
         trained = write_trained(config, model, fingerprint, classes)
         bank = course.training if isinstance(course.training, Features) else None
         evaluation = evaluate(config, trained, classes, materials, bank, cache, resources)
@@ -212,7 +212,7 @@ def _train(config: FinetuneConfig, course: Course, resources: Resources) -> tupl
 
 
 def _train_here(course: Course, place: Place, folder: str, report: Report) -> None:
-    train(course.config, _objective(course), place, folder, report)
+    Training(course.config, _objective(course), place, folder, report).run()
 
 
 # ---------------------------------------------------------------- result

@@ -4,7 +4,6 @@ embed (once per image, cached by shard) → split off calibration images → tra
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
@@ -17,7 +16,7 @@ from torch.nn import functional
 
 from sanitize import checkpoint, preview, runtime, storage
 from sanitize.checkpoint import Detector
-from sanitize.config import EncoderSpec, FitConfig, to_mapping
+from sanitize.config import FitConfig, placed, to_mapping
 from sanitize.embedding import EmbedTask, load_embeddings
 from sanitize.errors import ConfigError, RefusedError, SanitizeError
 from sanitize.progress import ProgressDisplay
@@ -168,7 +167,7 @@ def _calibrated(
         "calibration_score_quantiles": quantiles,
     }
     return Detector(
-        encoder=_placed(config.encoder),
+        encoder=placed(config.encoder),
         encoder_fingerprint=fingerprint,
         decoder=decoder.cpu(),
         references=references.to(torch.device("cpu")),
@@ -179,14 +178,6 @@ def _calibrated(
         mask_ratio=config.test_mask_ratio,
         seed=config.seed,
         summary=summary,
-    )
-
-
-def _placed(spec: EncoderSpec) -> EncoderSpec:
-    """With absolute paths: a scan may start in another folder."""
-    tokenizer = spec.tokenizer if spec.tokenizer in ("", "open_clip") else storage.absolute(spec.tokenizer)
-    return dataclasses.replace(
-        spec, weights=storage.absolute(spec.weights) if spec.weights else "", tokenizer=tokenizer
     )
 
 

@@ -82,98 +82,117 @@ class State:
         return self.epoch >= config.epochs or stale
 
 
-def train(config: FinetuneConfig, objective: Objective, place: Place, folder: str, report: Report) -> State:
-    """Train to the last epoch or to the early stop, from the last checkpoint in `folder` when there is one."""
-    model = objective.model.to(place.device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = adamw(parameters, config.learning_rate or LEARNING_RATES[config.mode], config.weight_decay)
-    state = _restored(model, optimizer, place, folder)
-    wrapped: nn.Module = DistributedDataParallel(model, broadcast_buffers=False) if place.world > 1 else model
-    pace = _Pace(objective, report)
-    while not state.finished(config):
-        _epoch(config, objective, place, wrapped, optimizer, state, pace, folder)
-        loss, usable, unreadable = summed(state.totals, place).tolist()
+class Training:
+    """One rank's training; `run` goes on from the last checkpoint in `folder` when there is one."""
+
+    def __init__(self, config: FinetuneConfig, objective: Objective, place: Place, folder: str, report: Report) -> None:
+        self._config, self._objective, self._place, self._folder = config, objective, place, folder
+        self._base_rate = config.learning_rate or LEARNING_RATES[config.mode]
+        self._bare = objective.model.to(place.device)
+        learned = [p for p in self._bare.parameters() if p.requires_grad]
+        self._optimizer = adamw(learned, self._base_rate, config.weight_decay)
+        self._state = self._restored()
+        self._model: nn.Module = self._bare
+        if place.world > 1:
+            self._model = DistributedDataParallel(self._bare, broadcast_buffers=False)
+        self._pace = _Pace(objective, report)
+
+    def run(self) -> State:
+        """Train to the last epoch or to the early stop."""
+        while not self._state.finished(self._config):
+            self._epoch()
+            self._close_epoch()
+            self._pace.show(self._state, force=True)
+        return self._state
+
+    def _epoch(self) -> None:
+        config, state, steps = self._config, self._state, self._objective.steps
+        with contextlib.closing(self._objective.batches(state.epoch, state.step, self._place)) as batches:
+            for batch in batches:
+                self._step(batch)
+                self._pace.show(state)
+                if config.checkpoint_steps and state.step % config.checkpoint_steps == 0 and state.step < steps:
+                    self._save_within_epoch()
+
+    def _step(self, batch: Batch) -> None:
+        state, steps = self._state, self._objective.steps
+        warmup = round(self._config.warmup_epochs * steps)
+        factor = warmup_cosine(state.epoch * steps + state.step, self._config.epochs * steps, warmup)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._base_rate * factor
+        count = int(summed(torch.tensor(batch.usable, device=self._place.device), self._place))
+        loss = self._gradients(batch, count)
+        if count:
+            self._optimizer.step()
+        state.totals += torch.stack([loss, *torch.tensor([batch.usable, batch.unreadable]).to(loss)])
+        state.step += 1
+
+    def _gradients(self, batch: Batch, count: int) -> Tensor:
+        """Leave the gradient of the mean loss of all ranks' `count` samples; returns the sum of this rank's, () float64.
+
+        DDP averages over ranks, hence the factor `world`.
+        """
+        self._optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), dtype=torch.float64, device=self._place.device)
+        for number, piece in enumerate(batch.pieces):
+            last = number == len(batch.pieces) - 1
+            waits = isinstance(self._model, DistributedDataParallel) and not last
+            with self._model.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
+                loss = self._objective.loss(self._model, piece, self._place)
+                (loss * (self._place.world / max(count, 1))).backward()
+            total += loss.detach()
+        return total
+
+    def _close_epoch(self) -> None:
+        """Measure, remember the best epoch, save."""
+        state = self._state
+        loss, usable, unreadable = summed(state.totals, self._place).tolist()
+        if not usable:
+            raise SanitizeError(
+                f"none of the {int(unreadable)} samples can be decoded. Give shards of readable images."
+            )
         if not math.isfinite(loss):
             raise SanitizeError(
                 f"training diverged in epoch {state.epoch + 1} (loss {loss}). Lower --learning-rate and run again with another --out."
             )
-        measured = objective.validate(place)
+        measured = self._objective.validate(self._place)
         state.epoch, state.step, state.totals = state.epoch + 1, 0, torch.zeros_like(state.totals)
-        state.metrics.append(
-            {
-                "epoch": state.epoch,
-                "loss": loss / max(usable, 1),
-                "learning_rate": optimizer.param_groups[0]["lr"],
-                "samples": int(usable),
-                "unreadable": int(unreadable),
-                "samples_per_second": round(pace.speed(), 1),
-                **measured,
-            }
-        )
+        line: dict[str, float] = {"epoch": state.epoch, "loss": loss / usable}
+        line["learning_rate"] = self._optimizer.param_groups[0]["lr"]
+        line |= {"samples": int(usable), "unreadable": int(unreadable), **measured}
+        state.metrics.append(line | {"samples_per_second": round(self._pace.speed(), 1)})
         better = measured.get("score", -math.inf) > state.best_score
         if better:
             state.best_epoch, state.best_score = state.epoch, measured["score"]
-        if place.rank == 0:
-            if (
-                better and config.patience
-            ):  # before last.pt: a kill between the two repeats the epoch and writes it again
-                _save(storage.join(folder, "best.pt"), {"model": model.state_dict()})
-            _checkpoint(folder, model, optimizer, state)
-        pace.show(state, force=True)
-    return state
+        if self._place.rank == 0:
+            if better and self._config.patience:  # first: a kill after it repeats the epoch and writes it again
+                _save(storage.join(self._folder, "best.pt"), {"model": self._bare.state_dict()})
+            self._checkpoint()
+            _write_metrics(storage.join(self._folder.rsplit("/", 1)[0], "metrics.jsonl"), state.metrics)
 
+    def _restored(self) -> State:
+        place = self._place
+        state = State(torch.zeros(3, dtype=torch.float64, device=place.device))
+        saved = _load(storage.join(self._folder, "last.pt"), place.device)
+        if saved:
+            self._bare.load_state_dict(saved["model"])
+            self._optimizer.load_state_dict(saved["optimizer"])
+            totals = saved["totals"].to(state.totals)
+            state = State(**saved["state"], totals=totals if place.rank == 0 else torch.zeros_like(totals))
+            log.info("going on after epoch %d, batch %d", state.epoch, state.step)
+        return state
 
-def _epoch(
-    config: FinetuneConfig,
-    objective: Objective,
-    place: Place,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: State,
-    pace: "_Pace",
-    folder: str,
-) -> None:
-    steps = config.epochs * objective.steps
-    base = config.learning_rate or LEARNING_RATES[config.mode]
-    with contextlib.closing(objective.batches(state.epoch, state.step, place)) as batches:
-        for batch in batches:
-            done = state.epoch * objective.steps + state.step
-            rate = base * warmup_cosine(done, steps, round(config.warmup_epochs * objective.steps))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            count = int(summed(torch.tensor(batch.usable, device=place.device), place))
-            loss = _gradients(objective, place, model, optimizer, batch, count)
-            if count:
-                optimizer.step()
-            state.totals += torch.stack([loss, *torch.tensor([batch.usable, batch.unreadable]).to(loss)])
-            state.step += 1
-            pace.show(state)
-            if config.checkpoint_steps and state.step % config.checkpoint_steps == 0 and state.step < objective.steps:
-                _save_within_epoch(objective, optimizer, state, place, folder)
+    def _save_within_epoch(self) -> None:
+        """Rank 0 then holds what all ranks have counted."""
+        totals = summed(self._state.totals, self._place)
+        self._state.totals = totals if self._place.rank == 0 else torch.zeros_like(totals)
+        if self._place.rank == 0:
+            self._checkpoint()
 
-
-def _gradients(
-    objective: Objective,
-    place: Place,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    count: int,
-) -> Tensor:
-    """Leave the gradient of the mean loss over all `count` samples of all ranks; returns this rank's sum of losses, () float64.
-
-    DDP averages over ranks, hence the factor `world`.
-    """
-    optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), dtype=torch.float64, device=place.device)
-    for number, piece in enumerate(batch.pieces):
-        last = number == len(batch.pieces) - 1
-        waits = isinstance(model, DistributedDataParallel) and not last
-        with model.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
-            loss = objective.loss(model, piece, place)
-            (loss * (place.world / max(count, 1))).backward()
-        total += loss.detach()
-    return total
+    def _checkpoint(self) -> None:
+        plain = {f.name: getattr(self._state, f.name) for f in dataclasses.fields(State) if f.name != "totals"}
+        content = {"model": self._bare.state_dict(), "optimizer": self._optimizer.state_dict()}
+        _save(storage.join(self._folder, "last.pt"), content | {"state": plain, "totals": self._state.totals})
 
 
 def autocast(config: FinetuneConfig, place: Place) -> torch.autocast:
@@ -223,34 +242,6 @@ class _Pace:
 # ---------------------------------------------------------------- checkpoints
 
 
-def _restored(model: nn.Module, optimizer: torch.optim.Optimizer, place: Place, folder: str) -> State:
-    state = State(torch.zeros(3, dtype=torch.float64, device=place.device))
-    saved = _load(storage.join(folder, "last.pt"), place.device)
-    if saved:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        totals = saved["totals"].to(state.totals)
-        state = State(**saved["state"], totals=totals if place.rank == 0 else torch.zeros_like(totals))
-        log.info("going on after epoch %d, batch %d", state.epoch, state.step)
-    return state
-
-
-def _save_within_epoch(
-    objective: Objective, optimizer: torch.optim.Optimizer, state: State, place: Place, folder: str
-) -> None:
-    """Rank 0 then holds what all ranks have counted."""
-    totals = summed(state.totals, place)
-    state.totals = totals if place.rank == 0 else torch.zeros_like(totals)
-    if place.rank == 0:
-        _checkpoint(folder, objective.model, optimizer, state)
-
-
-def _checkpoint(folder: str, model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
-    plain = {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name != "totals"}
-    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": plain, "totals": state.totals}
-    _save(storage.join(folder, "last.pt"), content)
-
-
 def _save(path: str, content: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -273,6 +264,6 @@ def finished_training(config: FinetuneConfig, model: nn.Module, folder: str) -> 
     return State(**last["state"], totals=last["totals"])
 
 
-def write_metrics(path: str, metrics: list[dict[str, float]]) -> None:
+def _write_metrics(path: str, metrics: list[dict[str, float]]) -> None:
     """One JSON object a line, one line an epoch."""
     storage.write_bytes(path, "".join(json.dumps(line) + "\n" for line in metrics).encode())

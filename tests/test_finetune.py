@@ -1,5 +1,6 @@
 """Fine-tuning: what it writes, the same curve for any number of workers, resumption, and wrong use. Tiny models, real shards."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -287,9 +288,16 @@ def test_ranks_together_give_the_loss_curve_of_one_process(
     assert np.array(curves[1]) == pytest.approx(np.array(curves[0]), rel=2e-4)
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_ray_train_gives_the_curve_of_one_process(make, validation, ray_cluster, workers):
-    changes = {"mode": "full", "validation": (str(validation),), "epochs": 2, "learning_rate": 1e-3}
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "workers"), [("mlp", 1), ("full", 2)])
+def test_ray_train_gives_the_curve_of_one_process(
+    make, validation, ray_cluster, encoder_spec, monkeypatch, mode, workers
+):
+    """Weights by a relative path: workers start in another folder."""
+    weights = Path(encoder_spec.weights)
+    monkeypatch.chdir(weights.parent)
+    relative = dataclasses.replace(encoder_spec, weights=weights.name)
+    changes = {"encoder": relative, "mode": mode, "validation": (str(validation),), "epochs": 2, "learning_rate": 1e-3}
     here = finetune(make("here", **changes))
     there = finetune(make("there", workers=workers, **changes))
     assert losses(there) == pytest.approx(losses(here), rel=1e-4)
@@ -396,6 +404,14 @@ def test_after_a_wrong_label_member_the_right_one_needs_no_other_folder(make, tm
     with pytest.raises(ConfigError, match=r"has no label: no \.cls member"):
         finetune(make(shards=(str(shard),)))
     assert finetune(make(shards=(str(shard),), label_member="json:label")).samples == 12
+
+
+def test_pictures_that_cannot_be_decoded_say_so(make, tmp_path):
+    shards = labelled(tmp_path / "in", [6], broken=6)
+    with pytest.raises(SanitizeError, match="none of the 6 samples can be decoded"):
+        finetune(make(shards=(str(shards),), mode="full"))
+    with pytest.raises(ConfigError, match="shards: none of its 6 pictures can be decoded"):
+        finetune(make("other", shards=(str(shards),)))
 
 
 def test_shards_without_captions_say_so(make, clean, tiny_clip_spec):
