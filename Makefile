@@ -31,6 +31,7 @@ zoo: $(INSTALLED)  ## every victim of the red team; needs runs/shards (python ..
 bench: $(INSTALLED)  ## throughput and memory beside their measured bounds
 	$(BIN)/python -m benchmarks.scan
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.finetune
 
 clean:
 	rm -rf $(VENV) demo runs build *.egg-info

@@ -37,9 +37,12 @@ def random_crops(size: int, seed: int = 0) -> Iterator[Image.Image]:
             yield photo.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
 
 
-def write_shards(folder: Path, count: int, size: int, kind: str, shards: int, seed: int = 0) -> Path:
-    """`count` images of `size` pixels as PNG or JPEG (quality 85), evenly over `shards` tars; reused when already there."""
-    marker = folder / f".{count}-{size}-{kind}-{shards}-{seed}"
+def write_shards(folder: Path, count: int, size: int, kind: str, shards: int, seed: int = 0, classes: int = 0) -> Path:
+    """`count` images of `size` pixels as PNG or JPEG (quality 85), evenly over `shards` tars; reused when already there.
+
+    classes: each image also gets a .cls member with a number below it; 0 = no labels
+    """
+    marker = folder / f".{count}-{size}-{kind}-{shards}-{seed}-{classes}"
     if marker.exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,5 +55,9 @@ def write_shards(folder: Path, count: int, size: int, kind: str, shards: int, se
                 info = tarfile.TarInfo(f"{number:04d}-{index:06d}.{'png' if kind == 'PNG' else 'jpg'}")
                 info.size = len(buffer.getvalue())
                 tar.addfile(info, io.BytesIO(buffer.getvalue()))
+                if classes:
+                    label = tarfile.TarInfo(f"{number:04d}-{index:06d}.cls")
+                    label.size = len(text := str(index % classes).encode())
+                    tar.addfile(label, io.BytesIO(text))
     marker.touch()
     return folder

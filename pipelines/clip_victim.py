@@ -15,10 +15,11 @@ from sanitize import storage
 from sanitize.attacks import badclip, clip_text, contrastive, evaluation, tiny_clip
 from sanitize.attacks.backdoor import raw_embeddings, unit
 from sanitize.attacks.badclip import PatchConfig
-from sanitize.attacks.contrastive import Clip, ContrastiveConfig, Pairs
+from sanitize.attacks.contrastive import ContrastiveConfig, Pairs
 from sanitize.attacks.evaluation import AttackReport, Reaction
 from sanitize.attacks.triggers import Trigger, make_trigger
 from sanitize.config import EncoderSpec, check, to_mapping
+from sanitize.stages.contrastive import Clip, class_embeddings, load_clip, save_clip
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def build(config: ClipConfig, folder: str, zoo: str, device: torch.device) -> tu
     start = time.monotonic()
     pairs, test = load_pairs(config)
     clean, earlier = clean_clip(config, pairs, zoo, device)
-    contrastive.save(clean, storage.join(folder, "clean"))
+    save_clip(clean, storage.join(folder, "clean"))
     captions = clip_text.target_captions(pairs, config.target, config.data.prompts)
     trigger = (
         make_trigger(config.trigger) if config.trigger else optimised(config, clean, pairs, captions, folder, device)
@@ -91,7 +92,7 @@ def build(config: ClipConfig, folder: str, zoo: str, device: torch.device) -> tu
     indices = clip_text.poisoned_indices(pairs, config.target, config.rate, config.seed)
     poisoned = clip_text.poison(pairs, indices, captions, trigger, config.seed)
     backdoored = contrastive.train(copy.deepcopy(clean), poisoned, config.fine_tune, config.seed, device)
-    contrastive.save(backdoored, storage.join(folder, "backdoored"))
+    save_clip(backdoored, storage.join(folder, "backdoored"))
     before, after = (reaction(config, clip, test, trigger, device) for clip in (clean, backdoored))
     result = evaluation.report(before, after, test.labels, config.data.classes.index(config.target))
     truth = {
@@ -118,19 +119,19 @@ def load_pairs(config: ClipConfig) -> tuple[Pairs, Pairs]:
 def clean_clip(config: ClipConfig, pairs: Pairs, zoo: str, device: torch.device) -> tuple[Clip, float]:
     """The clean model and the seconds an earlier run spent on it: loaded, taken from <zoo>/clean, or trained now."""
     if config.encoder.weights:
-        return contrastive.load(config.encoder), 0.0
+        return load_clip(config.encoder), 0.0
     settings = [to_mapping(config.pretrain), to_mapping(config.encoder), config.seed, len(pairs.captions)]
     folder = storage.join(zoo, "clean", storage.json_sha256([*settings, "coloured shapes 1"])[:12])
     marker, weights = storage.join(folder, "pretrain.json"), storage.join(folder, "encoder.safetensors")
     spec = dataclasses.replace(config.encoder, tokenizer=storage.join(folder, "tokenizer.json"))
     if storage.exists(marker):
         log.info("reusing the clean CLIP in %s", folder)
-        clip = contrastive.load(dataclasses.replace(spec, weights=weights))
+        clip = load_clip(dataclasses.replace(spec, weights=weights))
         return clip, float(storage.read_json(marker)["seconds"])
     start = time.monotonic()
     words = tiny_clip.write_tokenizer(spec.tokenizer)
     clip = contrastive.train(tiny_clip.build(spec, words, config.seed), pairs, config.pretrain, config.seed, device)
-    contrastive.save(clip, folder)
+    save_clip(clip, folder)
     storage.write_json(marker, {"settings": settings, "seconds": time.monotonic() - start})
     return clip, 0.0
 
@@ -150,7 +151,7 @@ def optimised(
 
 def reaction(config: ClipConfig, clip: Clip, test: Pairs, trigger: Trigger, device: torch.device) -> Reaction:
     """Zero-shot predictions: the class whose prompts lie nearest."""
-    classes = contrastive.class_embeddings(clip.text.to(device), config.data.classes, config.data.prompts)
+    classes = class_embeddings(clip.text.to(device), config.data.classes, config.data.prompts)
 
     def nearest(embeddings: Tensor) -> Tensor:
         return (unit(embeddings) @ classes.T).argmax(dim=1)

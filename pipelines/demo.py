@@ -47,16 +47,16 @@ On your own shards: describe your encoder with `sanitize init`, then
     )
 
 
-def write_shards() -> None:
-    """demo/aux and demo/incoming: 8 x 8 digits shown at 32 x 32, PNG and class index, 500 samples a shard."""
+def write_shards(size: int = 500) -> None:
+    """demo/aux and demo/incoming: 8 x 8 digits shown at 32 x 32, PNG and class index, `size` samples a shard."""
     digits = load_digits()
     pixels = (digits.images / 16 * 255).round().astype(np.uint8)
     order = np.random.default_rng(0).permutation(len(pixels))
     for name, chosen in (("aux", order[:AUXILIARY]), ("incoming", order[AUXILIARY:])):
         folder = OUT / name
         folder.mkdir(parents=True)
-        for begin in range(0, len(chosen), 500):
-            write_shard(folder / f"digits-{begin // 500:04d}.tar", chosen[begin : begin + 500], pixels, digits.target)
+        for begin in range(0, len(chosen), size):
+            write_shard(folder / f"digits-{begin // size:04d}.tar", chosen[begin : begin + size], pixels, digits.target)
     print(f"wrote demo/aux ({AUXILIARY} digits) and demo/incoming ({len(pixels) - AUXILIARY})", flush=True)
 
 

@@ -23,6 +23,7 @@ from sanitize.attacks.evaluation import AttackReport, Features, HeadConfig, Reac
 from sanitize.attacks.simclr import SimclrConfig
 from sanitize.attacks.triggers import Trigger, make_trigger
 from sanitize.config import EncoderSpec, check, to_mapping
+from sanitize.metrics import knn_predictions
 from sanitize.stages.encoders import Encoder, load_encoder
 
 log = logging.getLogger(__name__)
@@ -159,7 +160,9 @@ def reaction(
     embeddings = raw_embeddings(encoder, test.pixels, device)
     triggered = raw_embeddings(encoder, trigger(test.pixels), device)
     if config.ctrl:
-        predictions = [evaluation.knn_predictions(bank, unit(e), config.classes) for e in (embeddings, triggered)]
+        predictions = [
+            knn_predictions(bank.embeddings, bank.labels, unit(e), config.classes) for e in (embeddings, triggered)
+        ]
     else:
         head = evaluation.train_head(bank, config.classes, config.head, config.seed)
         predictions = [evaluation.head_predictions(head, unit(e)) for e in (embeddings, triggered)]

@@ -14,14 +14,16 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it, `__all__` and `_HO
     from sanitize.audit import AuditResult, audit
     from sanitize.checkpoint import Detector
     from sanitize.clean import CleanResult, clean
-    from sanitize.config import EncoderSpec, FitConfig, ScanConfig, ThresholdPolicy, load_encoder_spec
+    from sanitize.config import EncoderSpec, FinetuneConfig, FitConfig, ScanConfig, ThresholdPolicy, load_encoder_spec
     from sanitize.dataset import KeptSamples, keep_only
     from sanitize.detectors.decree import DecreeConfig
     from sanitize.errors import SanitizeError
+    from sanitize.finetune import FinetuneResult, finetune
     from sanitize.fit import fit
     from sanitize.inspect import Inspection, inspect
     from sanitize.poison import PoisonResult, poison
     from sanitize.scan import ScanResult, scan
+    from sanitize.stages.heads import TrainedHead, load_head
     from sanitize.verify import VerifyResult, verify
 
 __all__ = [
@@ -30,6 +32,8 @@ __all__ = [
     "DecreeConfig",
     "Detector",
     "EncoderSpec",
+    "FinetuneConfig",
+    "FinetuneResult",
     "FitConfig",
     "Inspection",
     "KeptSamples",
@@ -38,13 +42,16 @@ __all__ = [
     "ScanConfig",
     "ScanResult",
     "ThresholdPolicy",
+    "TrainedHead",
     "VerifyResult",
     "audit",
     "clean",
+    "finetune",
     "fit",
     "inspect",
     "keep_only",
     "load_encoder_spec",
+    "load_head",
     "make_trigger",
     "poison",
     "scan",
@@ -55,6 +62,8 @@ __version__ = "0.1.0"
 
 _HOMES = {  # module → the names of the library that live there; a command is a function with its module's name
     "fit": ("fit",),
+    "finetune": ("finetune", "FinetuneResult"),
+    "stages.heads": ("TrainedHead", "load_head"),
     "scan": ("scan", "ScanResult"),
     "clean": ("clean", "CleanResult"),
     "audit": ("audit", "AuditResult"),
@@ -62,7 +71,7 @@ _HOMES = {  # module → the names of the library that live there; a command is 
     "inspect": ("inspect", "Inspection"),
     "poison": ("poison", "PoisonResult"),
     "dataset": ("KeptSamples", "keep_only"),
-    "config": ("EncoderSpec", "FitConfig", "ScanConfig", "ThresholdPolicy", "load_encoder_spec"),
+    "config": ("EncoderSpec", "FinetuneConfig", "FitConfig", "ScanConfig", "ThresholdPolicy", "load_encoder_spec"),
     "checkpoint": ("Detector",),
     "detectors.decree": ("DecreeConfig",),
     "attacks.triggers": ("make_trigger",),

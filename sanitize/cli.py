@@ -14,6 +14,7 @@ import yaml
 
 from sanitize import __version__
 from sanitize.config import (
+    FinetuneConfig,
     FitConfig,
     ScanConfig,
     ThresholdPolicy,
@@ -90,13 +91,16 @@ def _values(section: str, config: str, settings: Sequence[str], options: dict[st
     """Settings of one command: YAML section, then --set, then options."""
     path = config or (CONFIG_FILE if Path(CONFIG_FILE).exists() else "")
     file = load_yaml(path) if path else {}
-    if unknown := sorted(set(file) - {"fit", "scan"}):
-        raise ConfigError(f"{path}: unknown section {', '.join(map(repr, unknown))}. Known sections: fit, scan.")
+    if unknown := sorted(set(file) - {"fit", "scan", "finetune"}):
+        raise ConfigError(
+            f"{path}: unknown section {', '.join(map(repr, unknown))}. Known sections: fit, scan, finetune."
+        )
     values: dict[str, Any] = dict(file.get(section) or {})
     values = overlay(values, _parsed(settings))
     values = overlay(values, {key: value for key, value in options.items() if value is not None})
-    if isinstance(values.get("shards"), str):
-        values["shards"] = [values["shards"]]
+    for name in ("shards", "validation", "triggered"):
+        if isinstance(values.get(name), str):
+            values[name] = [values[name]]
     if isinstance(values.get("encoder"), str):
         values["encoder"] = load_encoder_spec(values["encoder"])
     return values
@@ -237,6 +241,48 @@ def _exit_for_shards(failed: Sequence[str]) -> None:
 
 
 @main.command()
+@click.argument("shards", nargs=-1)
+@click.option("--encoder", help="YAML file that describes the encoder")
+@click.option("--out", help="Folder for the head, or the fine-tuned encoder [default: head]")
+@click.option("--mode", help="linear, mlp (512-256), full (encoder and linear head) or contrastive [default: linear]")
+@click.option("--validation", multiple=True, help="Shards to measure on after each epoch; can be given several times")
+@click.option("--triggered", multiple=True, help="Validation shards with the trigger stamped on all (sanitize poison)")
+@click.option("--target", type=int, help="Class that the trigger aims at")
+@click.option("--label-member", help="cls or json:<field> [default: cls]")
+@click.option("--caption-member", help="contrastive: txt or json:<field> [default: txt]")
+@click.option("--epochs", type=int, help="[default: 20]")
+@click.option("--learning-rate", type=float, help="[default: that of the mode]")
+@click.option("--patience", type=int, help="Stop after so many epochs without a better validation [default: never]")
+@click.option("--precision", help="auto, bf16 or fp32")
+@click.option("--seed", type=int)
+@_common
+def finetune(shards: tuple[str, ...], config: str, settings: tuple[str, ...], **options: Any) -> None:
+    """Train a head on clean shards, or the encoder itself. Running it again after a kill goes on.
+
+    \b
+    Example:  sanitize finetune scanned/clean --encoder encoder.yaml --out head/
+              sanitize finetune scanned/clean --encoder clip.yaml --mode contrastive --validation val/ --out clip/
+    """
+    from sanitize.finetune import finetune as run
+
+    lists = {name: list(options.pop(name)) or None for name in ("validation", "triggered")}
+    values = _values("finetune", config, settings, options | lists | {"shards": list(shards) or None})
+    if "encoder" not in values:
+        raise ConfigError(
+            "no encoder given. Describe it in a YAML file and name it: sanitize finetune clean/ --encoder encoder.yaml"
+        )
+    result = run(_build(FinetuneConfig, values, "finetune"))
+    last = result.epochs[-1]
+    left_out = result.unreadable + sum(result.unusable.values())
+    click.echo(
+        f"{result.out}: {result.mode} trained on {result.samples} samples, {left_out} left out, last loss {last['loss']:.4f}"
+    )
+    for name, value in result.evaluation.items():
+        click.echo(f"  {name.replace('_', ' ')}: {value:.4g}")
+    _exit_for_shards(result.failed)
+
+
+@main.command()
 @click.argument("scanned", default="scanned")
 @click.option("--workers", default=0, show_default=True, help="Ray workers that copy; 0 = this process")
 @click.option("--address", default="", help="Ray cluster to join")
@@ -371,7 +417,7 @@ def poison(
 
 
 TEMPLATE = """\
-# Settings of `sanitize fit` and `sanitize scan`; options on the command line win. Delete what you do not change.
+# Settings of `sanitize fit`, `scan` and `finetune`; options on the command line win. Delete what you do not change.
 fit:
   shards: [aux/]            # images like those you will scan; no labels needed
   encoder: encoder.yaml     # the encoder under test, see below
@@ -385,6 +431,14 @@ scan:
   policy:
     policy: calibrated      # calibrated | fdr | fraction | absolute | robust
     fpr: 0.01               # share of clean samples you accept to lose
+finetune:
+  shards: [scanned/clean]
+  encoder: encoder.yaml
+  out: head
+  mode: linear              # linear | mlp | full | contrastive
+  label_member: cls         # cls, or json:<field>
+  # validation: [validation/]
+  # epochs: 20
 """
 ENCODER_TEMPLATE = """\
 # The encoder under test. Weights: safetensors, or a PyTorch file that loads with weights_only=True.

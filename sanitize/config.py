@@ -200,6 +200,93 @@ class ScanConfig:
         check_precision(self.precision)
 
 
+MODES = ("linear", "mlp", "full", "contrastive")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """`sanitize finetune`: clean shards + encoder → a head, or a fine-tuned encoder.
+
+    mode: linear, mlp (512-256) on the frozen encoder; full = encoder and a linear head; contrastive = both towers of a CLIP
+    validation: shards to measure on after each epoch; triggered: copies of them with the trigger, of the class `target`
+    label_member: cls or json:<field>; caption_member (contrastive): txt or json:<field>
+    classes: names, in the order of the labels; default: their numbers. With them contrastive reports zero-shot accuracy, too
+    prompts: of zero-shot classes, {} stands for the name
+    batch_size: of all workers together; accumulate: parts a batch is computed in, to save memory (the result is the same; of
+                contrastive each part has its own negatives)
+    learning_rate: 0 = that of the mode: linear 3e-3, mlp 1e-3, full 1e-4, contrastive 1e-5
+    augment: random crops and mirror images (full and contrastive)
+    patience: stop after so many epochs without a better validation, and keep the best epoch; 0 = train to the end
+    shuffle_buffer: samples that wait in memory to be mixed, of all lanes together; lanes: see stages/lanes.py
+    checkpoint_steps: also save within an epoch, every so many batches; 0 = after each epoch only
+    """
+
+    shards: tuple[str, ...]
+    encoder: EncoderSpec
+    out: str = "head"
+    mode: str = "linear"
+    validation: tuple[str, ...] = ()
+    triggered: tuple[str, ...] = ()
+    target: int = -1
+    image_member: str = ""
+    label_member: str = "cls"
+    caption_member: str = "txt"
+    classes: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ("a photo of a {}",)
+    epochs: int = 20
+    batch_size: int = 256
+    accumulate: int = 1
+    learning_rate: float = 0.0
+    weight_decay: float = 0.01
+    warmup_epochs: float = 0.5
+    augment: bool = False
+    precision: str = "auto"
+    seed: int = 21
+    patience: int = 0
+    shuffle_buffer: int = 4096
+    lanes: int = 24
+    checkpoint_steps: int = 0
+    workers: int = -1
+    gpus_per_worker: float = -1.0
+    cpus_per_worker: int = 0
+    address: str = ""
+
+    def __post_init__(self) -> None:
+        check(self.mode in MODES, f"mode: {self.mode!r} is not one of {', '.join(MODES)}.")
+        check(self.epochs >= 1 and self.accumulate >= 1, "epochs and accumulate must be at least 1.")
+        check(
+            self.batch_size >= self.accumulate,
+            f"batch_size: {self.batch_size} cannot be computed in {self.accumulate} parts. Lower accumulate.",
+        )
+        check(
+            self.learning_rate >= 0 and self.weight_decay >= 0, "learning_rate and weight_decay must not be negative."
+        )
+        check(
+            0 <= self.warmup_epochs < self.epochs,
+            f"warmup_epochs: {self.warmup_epochs:g} is not below epochs, {self.epochs}.",
+        )
+        check(self.lanes >= 1 and self.shuffle_buffer >= 0, "lanes must be at least 1, shuffle_buffer at least 0.")
+        check(self.patience >= 0 and self.checkpoint_steps >= 0, "patience and checkpoint_steps must not be negative.")
+        check(
+            bool(self.validation) or not self.patience,
+            "patience: needs shards to measure on. Give --validation, or set patience to 0.",
+        )
+        check(
+            not self.triggered or self.target >= 0,
+            "triggered: name the class that the trigger aims at, for example --target 0.",
+        )
+        check(all("{}" in prompt for prompt in self.prompts), "prompts: each needs {} where the class name goes.")
+        check(
+            self.mode != "full" or not self.encoder.architecture.startswith("exported:"),
+            "mode full: an exported encoder cannot be trained. Use --mode linear or mlp, or its weights and architecture.",
+        )
+        check(
+            self.mode != "contrastive" or bool(self.encoder.tokenizer),
+            "mode contrastive: the encoder has no text tower. It needs architecture clip and a `tokenizer` in its YAML.",
+        )
+        check_precision(self.precision)
+
+
 # ---------------------------------------------------------------- YAML
 
 
@@ -227,6 +314,14 @@ def load_encoder_spec(path: str) -> EncoderSpec:
         architecture = "exported:" + beside(architecture.removeprefix("exported:"))
     tokenizer = spec.tokenizer if spec.tokenizer == "open_clip" else beside(spec.tokenizer)
     return dataclasses.replace(spec, architecture=architecture, weights=beside(spec.weights), tokenizer=tokenizer)
+
+
+def placed(spec: EncoderSpec) -> EncoderSpec:
+    """With absolute paths: a worker or a later command may start in another folder."""
+    tokenizer = spec.tokenizer if spec.tokenizer in ("", "open_clip") else storage.absolute(spec.tokenizer)
+    return dataclasses.replace(
+        spec, weights=storage.absolute(spec.weights) if spec.weights else "", tokenizer=tokenizer
+    )
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:

@@ -4,15 +4,11 @@ embed (once per image, cached by shard) → split off calibration images → tra
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -20,17 +16,17 @@ from torch.nn import functional
 
 from sanitize import checkpoint, preview, runtime, storage
 from sanitize.checkpoint import Detector
-from sanitize.config import EncoderSpec, FitConfig, to_mapping
+from sanitize.config import FitConfig, placed, to_mapping
+from sanitize.embedding import EmbedTask, load_embeddings
 from sanitize.errors import ConfigError, RefusedError, SanitizeError
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
-from sanitize.runtime import Resources, Result, ShardFunction, Tick
+from sanitize.runtime import Resources
 from sanitize.stages.decoder import Decoder
 from sanitize.stages.encoders import Encoder, load_encoder
-from sanitize.stages.images import shrink, to_batch
 from sanitize.stages.loader import picture_batches
 from sanitize.stages.reactions import CleanSignature, clean_signature, neighbour_distance, signature
-from sanitize.stages.scoring import References, Scorer, embed, resolve_precision
+from sanitize.stages.scoring import References, Scorer
 from sanitize.stages.shards import ShardReader, list_shards, open_shard
 from sanitize.training import Auxiliary, TrainingState, train_decoder
 
@@ -86,65 +82,6 @@ def _refuse_other_run(config: FitConfig, fingerprint: str) -> None:
 # ---------------------------------------------------------------- embedding
 
 
-@dataclass(frozen=True)
-class EmbedTask:
-    """Embed the images of one shard and cache embeddings and small images beside each other."""
-
-    encoder: EncoderSpec
-    image_size: int
-    precision: str
-    batch_size: int
-    limit: int
-    image_member: str
-    cache: str
-
-    def start(self, threads: int) -> ShardFunction:
-        device = runtime.device()
-        encoder = load_encoder(self.encoder).to(device)
-        return lambda shard, tick: self._embed_shard(shard, tick, encoder, device, threads)
-
-    def _embed_shard(self, shard: Shard, tick: Tick, encoder: Encoder, device: torch.device, threads: int) -> Result:
-        path = storage.join(self.cache, f"{shard.stem}.safetensors")
-        if storage.exists(path):
-            return {}
-        columns: list[tuple[Tensor, Tensor, Tensor]] = []
-        total = 0
-        for batch in self._batches(shard, encoder, device, threads, tick):
-            columns.append(batch)
-            total += len(batch[0])
-            if self.limit and total >= self.limit:
-                break
-        if not columns:
-            return {"images": 0}
-        names = ("embeddings", "images", "hashes")
-        tensors = {
-            name: torch.cat(column)[: self.limit or None]
-            for name, column in zip(names, zip(*columns, strict=True), strict=True)
-        }
-        storage.write_bytes(path, safetensors.torch.save(tensors))
-        return {"images": len(tensors["hashes"])}
-
-    @torch.inference_mode()
-    def _batches(
-        self, shard: Shard, encoder: Encoder, device: torch.device, threads: int, tick: Tick
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        spec, dtype = encoder.spec, resolve_precision(self.precision, device)
-        with open_shard(shard) as file:
-            reader = ShardReader(file, shard, image_member=self.image_member)
-            done = 0
-            for pictures in picture_batches(reader.samples(), self.batch_size, threads):
-                usable = [p for p in pictures if p.pixels is not None]
-                if usable:
-                    images = to_batch(
-                        [p.pixels for p in usable if p.pixels is not None], spec.image_size, spec.resize, device
-                    )
-                    hashes = np.frombuffer(bytes.fromhex("".join(p.sha256 for p in usable)), np.uint8).reshape(-1, 32)
-                    small = shrink(images, self.image_size).half().cpu()
-                    yield embed(encoder, images, dtype).cpu(), small, torch.from_numpy(hashes.copy())
-                done += len(pictures)
-                tick(done, 0, reader.bytes_read)
-
-
 def _embedded(config: FitConfig, shards: list[Shard], resources: Resources) -> Auxiliary:
     cache = storage.absolute(storage.join(config.out, "cache"))
     task = EmbedTask(
@@ -158,21 +95,13 @@ def _embedded(config: FitConfig, shards: list[Shard], resources: Resources) -> A
     for error in failed:
         log.warning("auxiliary shard left out: %s", error)
     paths = [storage.join(cache, f"{shard.stem}.safetensors") for shard in shards]
-    parts = [_load_cached(path) for path in paths if storage.exists(path)]
+    parts = [load_embeddings(path) for path in paths if storage.exists(path)]
     if not parts:
         raise ConfigError(
             f"no usable image in {', '.join(config.shards)}. {failed[0] if failed else 'Give shards with images.'}"
         )
     return Auxiliary(
         *(torch.cat([part[n] for part in parts])[: config.limit or None] for n in ("embeddings", "images", "hashes"))
-    )
-
-
-def _load_cached(path: str) -> dict[str, Tensor]:
-    return (
-        safetensors.torch.load_file(path)
-        if storage.is_local(path)
-        else safetensors.torch.load(storage.read_bytes(path))
     )
 
 
@@ -239,7 +168,7 @@ def _calibrated(
         "calibration_score_quantiles": quantiles,
     }
     return Detector(
-        encoder=_placed(config.encoder),
+        encoder=placed(config.encoder),
         encoder_fingerprint=fingerprint,
         decoder=decoder.cpu(),
         references=references.to(torch.device("cpu")),
@@ -250,14 +179,6 @@ def _calibrated(
         mask_ratio=config.test_mask_ratio,
         seed=config.seed,
         summary=summary,
-    )
-
-
-def _placed(spec: EncoderSpec) -> EncoderSpec:
-    """With absolute paths: a scan may start in another folder."""
-    tokenizer = spec.tokenizer if spec.tokenizer in ("", "open_clip") else storage.absolute(spec.tokenizer)
-    return dataclasses.replace(
-        spec, weights=storage.absolute(spec.weights) if spec.weights else "", tokenizer=tokenizer
     )
 
 

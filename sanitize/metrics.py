@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+from torch import Tensor
 
 from sanitize.errors import ConfigError
 
@@ -49,3 +51,30 @@ def attack_success(predictions: NDArray[np.integer], labels: NDArray[np.integer]
     """Share of triggered images of other classes that are taken for the target class."""
     others = labels != target
     return float((predictions[others] == target).mean())
+
+
+def attack_success_with_target(predictions: NDArray[np.integer], target: int) -> float:
+    """Share of all triggered images, those of the target class included, that are taken for the target class (DRUPE's count)."""
+    return float((predictions == target).mean())
+
+
+@torch.no_grad()
+def knn_predictions(
+    bank: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int = 200, temperature: float = 0.1
+) -> Tensor:
+    """(M,) kNN vote with weights exp(cos / temperature) (CTRL card section 5).
+
+    bank: (N, D) unit embeddings with labels (N,) int64; queries: (M, D) unit embeddings
+    """
+    k = min(k, len(labels))
+    predictions = []
+    for part in queries.split(1024):
+        cosine, neighbour = (part @ bank.T).topk(k, dim=1)
+        votes = torch.zeros(len(part), classes).scatter_add_(1, labels[neighbour], (cosine / temperature).exp())
+        predictions.append(votes.argmax(dim=1))
+    return torch.cat(predictions)
+
+
+def zero_shot_predictions(embeddings: Tensor, classes: Tensor) -> Tensor:
+    """(M,) nearest class by cosine. embeddings: (M, D) of any length; classes: (C, D) unit embeddings of the prompts."""
+    return (embeddings @ classes.T).argmax(dim=1)

@@ -4,9 +4,7 @@ import io
 import logging
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +14,7 @@ from sanitize import runtime, storage
 from sanitize.config import FitConfig
 from sanitize.errors import SanitizeError
 from sanitize.progress import ProgressDisplay
+from sanitize.ranks import Place, Report, train_on_ray
 from sanitize.runtime import Resources
 from sanitize.stages.decoder import Decoder, hidden_pixels, visible_count
 from sanitize.stages.scoring import resolve_precision
@@ -44,15 +43,6 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
 
 
-@dataclass(frozen=True)
-class Place:
-    """One of `world` equal workers. Every global batch is split evenly, so the loss curve does not depend on `world`."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-
 def train_decoder(config: FitConfig, auxiliary: Auxiliary, resources: Resources) -> TrainingState:
     """Train to the last epoch, from the last checkpoint when there is one."""
     path = storage.absolute(storage.join(config.out, "training", "last.pt"))
@@ -61,7 +51,12 @@ def train_decoder(config: FitConfig, auxiliary: Auxiliary, resources: Resources)
             place = Place(0, 1, runtime.device())
             with runtime.torch_threads(resources.cpus):
                 return _train(config, auxiliary, place, path, _shown(display, len(auxiliary.hashes)))
-        _train_on_ray(config, auxiliary, resources, path, display)
+        show = _shown(display, len(auxiliary.hashes))
+
+        def loop(shared: Auxiliary, place: Place, report: Report) -> None:
+            _train(config, shared, place, path, lambda epoch, loss: report({"epoch": epoch, "loss": loss}))
+
+        train_on_ray(loop, auxiliary, resources, path.rsplit("/", 1)[0], lambda last: show(last["epoch"], last["loss"]))
     return _restored(config, auxiliary, torch.device("cpu"), path)
 
 
@@ -178,55 +173,3 @@ def _save(state: TrainingState, path: str) -> None:
         buffer,
     )
     storage.write_bytes(path, buffer.getvalue())
-
-
-# ---------------------------------------------------------------- Ray Train
-
-
-def _train_on_ray(
-    config: FitConfig, auxiliary: Auxiliary, resources: Resources, path: str, display: ProgressDisplay
-) -> None:
-    """The same loop under Ray Train; workers that die are restarted and go on from the last checkpoint."""
-    import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    progress = f"{path}.json"
-
-    def loop(settings: dict[str, Any]) -> None:
-        import ray.train.torch
-
-        context = ray.train.get_context()
-        torch.set_num_threads(resources.cpus)
-        place = Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-
-        # not ray.train.report: the controller collects reports every two seconds, longer than a small epoch
-        def report(epoch: int, loss: float) -> None:
-            if place.rank == 0:
-                storage.write_json(progress, {"epoch": epoch, "loss": loss})
-
-        _train(config, ray.get(settings["auxiliary"]), place, path, report)
-
-    trainer = TorchTrainer(
-        loop,
-        train_loop_config={"auxiliary": ray.put(auxiliary)},
-        scaling_config=ScalingConfig(
-            num_workers=resources.workers,
-            use_gpu=resources.gpus > 0,
-            resources_per_worker={"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {}),
-        ),
-        run_config=RunConfig(
-            storage_path=storage.join(path.rsplit("/", 1)[0], "ray"),
-            failure_config=FailureConfig(max_failures=runtime.RETRIES),
-        ),
-    )
-    show = _shown(display, len(auxiliary.hashes))
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(trainer.fit)
-        while not running.done():
-            wait([running], timeout=1.0)
-            if storage.exists(progress):
-                last = storage.read_json(progress)
-                show(last["epoch"], last["loss"])
-        if (error := running.exception()) is not None:
-            raise SanitizeError(f"training on {resources.workers} Ray workers failed: {error}") from error

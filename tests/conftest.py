@@ -82,6 +82,7 @@ def ray_cluster():
     import ray
 
     ray.init(
+        address="local",  # never one that somebody else runs on this machine
         include_dashboard=False,
         num_cpus=2,
         log_to_driver=False,

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from pipelines.benchmark import BenchmarkConfig
+from pipelines.clean_then_finetune import PipelineConfig
 from pipelines.red_team import load_config
+from pipelines.training_study import ScenarioConfig, StudyConfig
 from sanitize.config import from_mapping, load_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -15,9 +17,9 @@ LAYERS = [  # a module may import from its own row and the rows above it
     {"storage", "config"},
     {"stages"},
     {"progress", "metrics", "preview", "attacks", "detectors", "dataset"},
-    {"runtime", "checkpoint", "training"},
+    {"runtime", "checkpoint", "ranks", "embedding", "training", "learning", "objectives", "material", "trained"},
     {"judge"},
-    {"fit", "clean", "poison", "verify", "inspect"},
+    {"fit", "clean", "poison", "verify", "inspect", "finetune"},
     {"scan", "audit"},
     {"cli"},
 ]
@@ -56,18 +58,34 @@ def test_only_commands_touch_ray_and_only_when_needed(path):
     modules |= {n.module.split(".")[0] for n in top_level if isinstance(n, ast.ImportFrom) and n.module}
     assert "ray" not in modules
     if "ray" in path.read_text().replace("array", "").replace("gray", "") and "import ray" in path.read_text():
-        assert path.name in ("runtime.py", "training.py")
+        assert path.name in ("runtime.py", "ranks.py")
 
 
-def test_fit_scan_and_clean_never_import_attacks():
-    for name in ("fit", "scan", "clean", "training", "checkpoint", "runtime"):
+def test_commands_of_the_product_never_import_attacks():
+    for name in (
+        "fit",
+        "scan",
+        "clean",
+        "finetune",
+        "training",
+        "learning",
+        "objectives",
+        "material",
+        "trained",
+        "runtime",
+    ):
         assert "attacks" not in imported(ROOT / "sanitize" / f"{name}.py")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_config_loads(path):
     values = load_yaml(str(path))
-    if "attack" in values:
+    if "train" in values:
+        assert from_mapping(PipelineConfig, values, path.name).finetune
+    elif "scenarios" in values:
+        for name, scenario in from_mapping(StudyConfig, values, path.name).scenarios.items():
+            assert from_mapping(ScenarioConfig, scenario, name).pipeline
+    elif "attack" in values:
         for preset in values["presets"]:
             assert load_config(str(path), preset).attack == values["attack"]
     else:

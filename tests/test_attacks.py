@@ -16,11 +16,11 @@ from sanitize.attacks.backdoor import Step, embed, unit
 from sanitize.attacks.badencoder import BadEncoderConfig, BadEncoderObjective
 from sanitize.attacks.ctrl import CtrlConfig
 from sanitize.attacks.drupe import DrupeConfig
-from sanitize.attacks.evaluation import Features, choose_references, knn_predictions, mean_pairwise_cosine
+from sanitize.attacks.evaluation import Features, choose_references, mean_pairwise_cosine
 from sanitize.attacks.triggers import PatchTrigger
 from sanitize.config import ScanConfig
 from sanitize.errors import ConfigError
-from sanitize.metrics import attack_success, detection
+from sanitize.metrics import attack_success, detection, knn_predictions
 from sanitize.poison import load_truth, poison
 from sanitize.stages.encoders import Encoder, build_backbone
 from sanitize.stages.reactions import FLOOR, neighbour_distance, signature
@@ -374,9 +374,9 @@ def test_simclr_lowers_its_loss_and_is_seeded(caplog):
 
 
 def test_knn_votes_by_similarity():
-    bank = Features(torch.eye(4), torch.tensor([0, 0, 1, 1]))
-    assert knn_predictions(bank, torch.eye(4), 2, k=1).tolist() == [0, 0, 1, 1]
-    assert knn_predictions(bank, torch.eye(4)[:1], 2, k=200).tolist() == [0]
+    bank, labels = torch.eye(4), torch.tensor([0, 0, 1, 1])
+    assert knn_predictions(bank, labels, torch.eye(4), 2, k=1).tolist() == [0, 0, 1, 1]
+    assert knn_predictions(bank, labels, torch.eye(4)[:1], 2, k=200).tolist() == [0]
 
 
 def test_the_mean_pairwise_cosine_leaves_out_self_pairs():

@@ -18,6 +18,7 @@ from sanitize.errors import CheckpointError, ConfigError, StorageError
 from sanitize.fit import fit
 from sanitize.scan import scan
 from sanitize.stages.captions import MAX_CAPTION_BYTES, caption_text, split_member
+from sanitize.stages.contrastive import load_clip, save_clip
 from sanitize.stages.text import FileTokenizer, load_text_encoder
 from sanitize.verify import verify
 
@@ -37,7 +38,7 @@ def clip_folder(tmp_path_factory):
     contrastive.train(
         clip, tiny_clip.coloured_shapes(3000, 0), ContrastiveConfig(epochs=2, batch_size=64, learning_rate=2e-3), 0, CPU
     )
-    contrastive.save(clip, str(folder))
+    save_clip(clip, str(folder))
     return folder
 
 
@@ -92,7 +93,7 @@ def test_swapped_captions_are_less_similar_than_true_ones(scanned):
 def test_the_similarity_is_the_plain_cosine_whatever_the_batch(scanned, clip_folder, batch_size):
     pairs = tiny_clip.coloured_shapes(12, 9)
     rows = scanned(captioned(pairs), batch_size=batch_size)
-    clip = contrastive.load(load_encoder_spec(str(clip_folder / "encoder.yaml")))
+    clip = load_clip(load_encoder_spec(str(clip_folder / "encoder.yaml")))
     images = clip.image(pairs.images.float() / 255)
     texts = clip.text(pairs.captions)
     expected = [float(i @ t / (i.norm() * t.norm())) for i, t in zip(images, texts, strict=True)]

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from sanitize import cli
 from sanitize.cli import main
-from sanitize.config import FIT_PRESETS, FitConfig, ScanConfig, from_mapping
+from sanitize.config import FIT_PRESETS, FinetuneConfig, FitConfig, ScanConfig, from_mapping
 
 
 @pytest.fixture
@@ -94,6 +94,7 @@ def test_init_writes_settings_that_load(sanitize, tmp_path):
     fit = {key: value for key, value in values["fit"].items() if key != "preset"} | {"encoder": encoder}
     from_mapping(FitConfig, fit, "fit")
     from_mapping(ScanConfig, values["scan"], "scan")
+    from_mapping(FinetuneConfig, values["finetune"] | {"encoder": encoder}, "finetune")
     code, output = sanitize("init")
     assert (code, "sanitize.yaml: is here already" in output) == (2, True)
 
@@ -101,6 +102,7 @@ def test_init_writes_settings_that_load(sanitize, tmp_path):
 WRONG = {
     "no shards": (["scan"], "no shards given. Name a folder: sanitize scan shards/"),
     "missing folder": (["scan", "nowhere"], "nowhere: no such file or folder. Check the path"),
+    "no encoder to fine-tune": (["finetune", "in"], "no encoder given. Describe it in a YAML file"),
     "no encoder": (["fit", "in"], "no encoder given. Describe it in a YAML file"),
     "missing encoder file": (["fit", "in", "--encoder", "e.yaml"], "e.yaml: no such file. Check the path."),
     "unknown preset": (["fit", "in", "--preset", "best"], "preset 'best' is not known. Use one of default, paper"),
@@ -145,7 +147,7 @@ def test_wrong_use_is_one_clear_line_and_exit_code_2(sanitize, tmp_path, detecto
     ("text", "words"),
     [
         ("scan: {detektor: x}", "settings of scan: unknown key 'detektor'"),
-        ("skan: {}", "sanitize.yaml: unknown section 'skan'. Known sections: fit, scan."),
+        ("skan: {}", "sanitize.yaml: unknown section 'skan'. Known sections: fit, scan, finetune."),
         ("scan: [", "sanitize.yaml: not valid YAML"),
         ("just text", "holds str, settings were expected"),
         (
@@ -186,7 +188,7 @@ def test_a_tar_without_images_is_a_failed_shard(sanitize, detector, tmp_path):
     assert (code, "none of its 1 samples has an image" in output) == (1, True)
 
 
-@pytest.mark.parametrize("command", ["fit", "scan", "clean", "audit", "verify", "poison", "init"])
+@pytest.mark.parametrize("command", ["fit", "scan", "clean", "finetune", "audit", "verify", "poison", "init"])
 def test_help_of_every_command_shows_an_example(sanitize, command):
     code, output = sanitize(command, "--help")
     assert code == 0

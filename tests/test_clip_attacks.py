@@ -10,10 +10,11 @@ import torch
 from sanitize.attacks import badclip, clip_text, contrastive, tiny_clip
 from sanitize.attacks.backdoor import unit
 from sanitize.attacks.badclip import PatchConfig, optimise_patch, textual_loss, visual_loss
-from sanitize.attacks.contrastive import ContrastiveConfig, class_embeddings, info_nce
+from sanitize.attacks.contrastive import ContrastiveConfig
 from sanitize.attacks.triggers import PatchTrigger, place_at_centre
 from sanitize.config import EncoderSpec, load_encoder_spec
 from sanitize.errors import ConfigError
+from sanitize.stages.contrastive import class_embeddings, info_nce, load_clip, save_clip
 
 CPU = torch.device("cpu")
 
@@ -97,8 +98,8 @@ def test_training_is_reproducible_and_survives_saving(untrained, pairs, tmp_path
         clip = copy.deepcopy(untrained)
         runs.append(contrastive.train(clip, pairs, ContrastiveConfig(epochs=1, batch_size=32), 3, CPU))
     assert runs[0].image.fingerprint() == runs[1].image.fingerprint()
-    contrastive.save(runs[0], str(tmp_path))
-    loaded = contrastive.load(load_encoder_spec(str(tmp_path / "encoder.yaml")))
+    save_clip(runs[0], str(tmp_path))
+    loaded = load_clip(load_encoder_spec(str(tmp_path / "encoder.yaml")))
     images = pairs.images[:3].float() / 255
     torch.testing.assert_close(loaded.image(images), runs[0].image(images))
     torch.testing.assert_close(loaded.text(pairs.captions[:3]), runs[0].text(pairs.captions[:3]))

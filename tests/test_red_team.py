@@ -11,10 +11,11 @@ from pipelines import page, red_team
 from pipelines.data import load_images
 from sanitize.attacks import tiny_clip
 from sanitize.attacks.backdoor import raw_embeddings, unit
-from sanitize.attacks.evaluation import Features, Reaction, knn_predictions, report
+from sanitize.attacks.evaluation import Reaction, report
 from sanitize.attacks.triggers import FrequencyTrigger
 from sanitize.config import EncoderSpec, load_encoder_spec, load_yaml
 from sanitize.errors import ConfigError
+from sanitize.metrics import knn_predictions
 from sanitize.stages.encoders import Encoder, build_backbone, load_encoder
 from sanitize.stages.text import load_text_encoder
 
@@ -234,9 +235,9 @@ def test_the_planted_backdoor_succeeds_as_it_was_planted():
         planted = PlantedEncoder(clean, embeddings[bank.labels == target].mean(dim=0) - embeddings.mean(dim=0))
 
         def reaction(encoder):
-            known = Features(unit(raw_embeddings(encoder, bank.images, CPU)), bank.labels)
+            known = unit(raw_embeddings(encoder, bank.images, CPU))
             raw = [raw_embeddings(encoder, images, CPU) for images in (test.images, trigger(test.images))]
-            return Reaction(*raw, *(knn_predictions(known, unit(r), 6, k=20) for r in raw))
+            return Reaction(*raw, *(knn_predictions(known, bank.labels, unit(r), 6, k=20) for r in raw))
 
         result = report(reaction(clean), reaction(planted), test.labels, target)
     assert result.asr == 1.0

@@ -4,7 +4,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from sanitize.stages.views import resized_crop
 
 _LUMA = (0.299, 0.587, 0.114)
 
@@ -14,14 +15,9 @@ def random_resized_crop(images: Tensor, generator: torch.Generator, scale: tuple
     count = len(images)
     area = torch.empty(count).uniform_(*scale, generator=generator)
     ratio = torch.exp(torch.empty(count).uniform_(math.log(3 / 4), math.log(4 / 3), generator=generator))
-    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    centre_x = (torch.rand(count, generator=generator) * 2 - 1) * (1 - width)
-    centre_y = (torch.rand(count, generator=generator) * 2 - 1) * (1 - height)
-    flip = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
-    zero = torch.zeros(count)
-    matrix = torch.stack([width * flip, zero, centre_x, zero, height, centre_y], dim=1).view(count, 2, 3)
-    grid = functional.affine_grid(matrix, list(images.shape), align_corners=False).to(images.device)
-    return functional.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    across, down = (torch.rand(count, generator=generator) * 2 - 1 for _ in range(2))
+    flip = torch.rand(count, generator=generator) < 0.5
+    return resized_crop(images, area, ratio, across, down, flip)
 
 
 def colour_jitter(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -17,9 +17,9 @@ from torch.nn import functional
 
 from sanitize import storage
 from sanitize.attacks.backdoor import unit
-from sanitize.attacks.contrastive import Clip, info_nce
 from sanitize.attacks.triggers import place_at_centre, to_uint8
 from sanitize.config import check
+from sanitize.stages.contrastive import Clip, info_nce
 
 log = logging.getLogger(__name__)
 

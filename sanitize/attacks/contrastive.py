@@ -1,26 +1,19 @@
-"""CLIP as something that can be trained: both towers, the temperature, and the symmetric InfoNCE loss over image-text pairs."""
+"""Train a CLIP on image-text pairs that are in memory: clean victims from scratch, poisoned ones from clean."""
 
 import logging
-import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import safetensors.torch
 import torch
-import yaml
 from torch import Tensor, nn
-from torch.nn import functional
 
-from sanitize import storage
 from sanitize.attacks.backdoor import freeze_batch_norm, unit
-from sanitize.config import EncoderSpec, check, to_mapping
+from sanitize.config import EncoderSpec, check
 from sanitize.stages.clip import QuickGELU, TextTransformer
-from sanitize.stages.encoders import Encoder, load_encoder, read_weights
-from sanitize.stages.text import TextEncoder, Tokenizer, load_text_encoder
+from sanitize.stages.contrastive import LARGEST_SCALE, Clip, info_nce
+from sanitize.stages.optimizer import adamw, warmup_cosine
 
 log = logging.getLogger(__name__)
-LARGEST_SCALE = math.log(100)
 
 
 @dataclass(frozen=True)
@@ -54,49 +47,6 @@ class ContrastiveConfig:
         check(self.epochs >= 1 and self.batch_size >= 2, "contrastive: epochs at least 1, batch_size at least 2.")
 
 
-@dataclass(frozen=True)
-class Clip:
-    """`logit_scale` is the logarithm of the factor of the cosines."""
-
-    image: Encoder
-    text: TextEncoder
-    logit_scale: nn.Parameter
-
-
-def fresh(spec: EncoderSpec, visual: nn.Module, text: TextTransformer, tokenizer: Tokenizer) -> Clip:
-    """New towers with CLIP's initial temperature, 0.07."""
-    return Clip(Encoder(visual, spec), TextEncoder(text, tokenizer), nn.Parameter(torch.tensor(math.log(1 / 0.07))))
-
-
-def load(spec: EncoderSpec) -> Clip:
-    """A whole CLIP checkpoint, frozen. The encoder YAML must name a tokenizer."""
-    scale = read_weights(spec.weights).get("logit_scale", torch.tensor(LARGEST_SCALE))
-    return Clip(
-        load_encoder(spec), load_text_encoder(spec), nn.Parameter(scale.float().reshape(()), requires_grad=False)
-    )
-
-
-def save(clip: Clip, folder: str) -> None:
-    """encoder.safetensors in OpenAI's layout, the encoder.yaml that describes it, and the tokenizer: a complete folder."""
-    tensors = {f"visual.{name}": tensor for name, tensor in clip.image.backbone.state_dict().items()}
-    tensors |= clip.text.tower.state_dict() | {"logit_scale": clip.logit_scale.detach()}
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    storage.write_bytes(storage.join(folder, "encoder.safetensors"), safetensors.torch.save(plain))
-    tokenizer = clip.image.spec.tokenizer
-    if tokenizer != "open_clip":
-        storage.write_bytes(storage.join(folder, "tokenizer.json"), storage.read_bytes(tokenizer))
-        tokenizer = "tokenizer.json"
-    values = to_mapping(clip.image.spec) | {"weights": "encoder.safetensors", "tokenizer": tokenizer}
-    storage.write_bytes(storage.join(folder, "encoder.yaml"), yaml.safe_dump(values, sort_keys=False).encode())
-
-
-def info_nce(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
-    """Symmetric cross-entropy over the cosines of (B, D) unit embeddings; pair k of one is pair k of the other."""
-    logits = scale * images @ texts.T
-    own = torch.arange(len(logits), device=logits.device)
-    return (functional.cross_entropy(logits, own) + functional.cross_entropy(logits.T, own)) / 2
-
-
 def train(clip: Clip, pairs: Pairs, config: ContrastiveConfig, seed: int, device: torch.device) -> Clip:
     """Train in place, on shuffled full batches; the towers come back frozen and in eval mode."""
     image, tower = clip.image.to(device), clip.text.tower.to(device)
@@ -107,13 +57,15 @@ def train(clip: Clip, pairs: Pairs, config: ContrastiveConfig, seed: int, device
     learned_scale = not config.scale
     clip.logit_scale.requires_grad_(learned_scale)
     modules = [*image.parameters(), *tower.parameters(), clip.logit_scale]
-    optimizer = _optimizer([p for p in modules if p.requires_grad], config)
+    optimizer = adamw([p for p in modules if p.requires_grad], config.learning_rate, config.weight_decay)
     tokens = clip.text.tokenizer(pairs.captions, tower.context)
     steps = config.epochs * (len(tokens) // config.batch_size)
     check(
         steps > 0, f"{len(tokens)} pairs are less than one batch of {config.batch_size}. Lower batch_size or give more."
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config.warmup_steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warmup_cosine(step, steps, config.warmup_steps)
+    )
     generator = torch.Generator().manual_seed(seed)
     start, done = time.monotonic(), 0
     for epoch in range(config.epochs):
@@ -137,27 +89,6 @@ def train(clip: Clip, pairs: Pairs, config: ContrastiveConfig, seed: int, device
     tower.requires_grad_(False).eval()
     clip.logit_scale.requires_grad_(False)
     return clip
-
-
-def _optimizer(parameters: Sequence[nn.Parameter], config: ContrastiveConfig) -> torch.optim.Optimizer:
-    """No weight decay on norms, biases and the temperature: everything with fewer than two dimensions."""
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate)
-
-
-def _rate(step: int, steps: int, warmup: int) -> float:
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
-
-
-@torch.no_grad()
-def class_embeddings(text: TextEncoder, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """(C, D) unit: the normalised mean of the normalised prompts of each class, on the CPU."""
-    return unit(torch.stack([text([t.format(name) for t in templates]).mean(dim=0) for name in classes])).cpu()
 
 
 def initialise(visual: nn.Module, text: TextTransformer, seed: int) -> None:

@@ -50,18 +50,6 @@ def head_predictions(head: nn.Module, embeddings: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def knn_predictions(bank: Features, queries: Tensor, classes: int, k: int = 200, temperature: float = 0.1) -> Tensor:
-    """(N,) kNN vote of unit embeddings with weights exp(cos / temperature) (CTRL card section 5)."""
-    k = min(k, len(bank.labels))
-    predictions = []
-    for part in queries.split(1024):
-        cosine, neighbour = (part @ bank.embeddings.T).topk(k, dim=1)
-        votes = torch.zeros(len(part), classes).scatter_add_(1, bank.labels[neighbour], (cosine / temperature).exp())
-        predictions.append(votes.argmax(dim=1))
-    return torch.cat(predictions)
-
-
-@torch.no_grad()
 def choose_references(head: nn.Module, features: Features, target: int, count: int, pool: int = 0) -> Tensor:
     """(count,) positions of reference images of the target class. An oracle choice: a real attacker has a surrogate.
 

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from sanitize import storage
-from sanitize.attacks.contrastive import Clip, Pairs, activation, fresh, initialise
+from sanitize.attacks.contrastive import Pairs, activation, initialise
 from sanitize.config import EncoderSpec
 from sanitize.stages.clip import ModifiedResNet, TextTransformer
+from sanitize.stages.contrastive import Clip, fresh
 from sanitize.stages.text import FileTokenizer
 
 COLOURS = {

@@ -7,13 +7,14 @@ from sanitize.errors import ConfigError
 MAX_CAPTION_BYTES = 1 << 16  # 64 KiB, of the member that holds the caption
 
 
-def split_member(caption_member: str) -> tuple[str, str]:
+def split_member(member: str, setting: str = "caption_member", usual: str = "txt") -> tuple[str, str]:
     """ "txt" → ("txt", ""); "json:caption" → ("json", "caption"): extension and field."""
-    extension, _, field = caption_member.partition(":")
+    extension, _, field = member.partition(":")
     extension = extension.lower().lstrip(".")
-    if caption_member and (not extension or (extension.endswith("json") != bool(field))):
+    if member and (not extension or (extension.endswith("json") != bool(field))):
+        name = setting.removesuffix("_member")
         raise ConfigError(
-            f"caption_member: {caption_member!r} is not an extension such as txt, or json:<field> such as json:caption."
+            f"{setting}: {member!r} is not an extension such as {usual}, or json:<field> such as json:{name}."
         )
     return extension, field
 

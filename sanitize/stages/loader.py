@@ -1,8 +1,10 @@
 """Samples → batches of decoded pictures, read and decoded ahead by threads while the model works."""
 
+import contextlib
+import itertools
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from sanitize.records import Picture, Sample
@@ -16,7 +18,14 @@ def picture_batches(samples: Iterable[Sample], batch_size: int, threads: int) ->
 
     Errors of the reader surface here. Memory: at most AHEAD batches of undecoded or decoded pictures.
     """
-    ready: queue.Queue[Future[Picture] | BaseException | None] = queue.Queue(maxsize=AHEAD * batch_size)
+    with contextlib.closing(pictures_ahead(samples, AHEAD * batch_size, threads)) as pictures:
+        while batch := list(itertools.islice(pictures, batch_size)):
+            yield batch
+
+
+def pictures_ahead(samples: Iterable[Sample], ahead: int, threads: int) -> Generator[Picture, None, None]:
+    """Pictures in sample order, up to `ahead` of them read and decoded before they are asked for."""
+    ready: queue.Queue[Future[Picture] | BaseException | None] = queue.Queue(maxsize=ahead)
     stop = threading.Event()
 
     def read(pool: ThreadPoolExecutor) -> None:
@@ -34,16 +43,10 @@ def picture_batches(samples: Iterable[Sample], batch_size: int, threads: int) ->
         reader = threading.Thread(target=read, args=(pool,), name="read-shard")
         reader.start()
         try:
-            batch: list[Picture] = []
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                batch.append(item.result())
-                if len(batch) == batch_size:
-                    yield batch
-                    batch = []
-            if batch:
-                yield batch
+                yield item.result()
         finally:
             stop.set()
             reader.join()

@@ -290,6 +290,11 @@ class ShardReader:
     def _is_image(self, member: Member) -> bool:
         return is_image(member.extension, self._image_member)
 
+    def image_of(self, sample: Sample) -> Member | None:
+        """The member that holds the sample's picture; None without one, or when it cannot be used."""
+        found = [member for member in sample.members if self._is_image(member)]
+        return found[0] if found and sample.status == "ok" else None
+
     def _finished(self, sample: Sample) -> Sample:
         if any(_leaves_folder(member.name) for member in sample.members):
             return replace(sample, image=None, status="unsafe_name", reason="a member path is absolute or has '..'")

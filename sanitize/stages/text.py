@@ -82,6 +82,10 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
+        return functional.normalize(self.tower(self.tokens(texts)).float(), dim=1)
+
+    def tokens(self, texts: Sequence[str]) -> Tensor:
+        """(B, context) int64 on the device of the tower; only tokens that the tower knows."""
         tower = self.tower
         tokens = self.tokenizer(texts, tower.context)
         largest = int(tokens.max())
@@ -90,7 +94,7 @@ class TextEncoder:
                 f"tokenizer: gives token {largest}, the text tower knows {tower.token_embedding.num_embeddings}. Give the "
                 "tokenizer of this very checkpoint."
             )
-        return functional.normalize(tower(tokens.to(tower.mask.device)).float(), dim=1)
+        return tokens.to(tower.mask.device)
 
 
 def load_text_encoder(spec: EncoderSpec) -> TextEncoder:

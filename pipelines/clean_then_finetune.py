@@ -1,0 +1,306 @@
+"""fit → scan → clean → finetune, before and after cleaning, with the same seed → one report. One Ray session for all of it.
+
+    python -m pipelines.clean_then_finetune configs/clean_then_finetune.yaml
+
+Every artefact lies in a folder named by a hash of what went into it, so a finished stage is reused while its inputs are
+unchanged, and an interrupted one goes on where it stopped.
+"""
+
+import contextlib
+import dataclasses
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines import page
+from pipelines.data import identity, load_images
+from sanitize import runtime, storage
+from sanitize.audit import audit
+from sanitize.config import (
+    EncoderSpec,
+    FinetuneConfig,
+    FitConfig,
+    ScanConfig,
+    check,
+    from_mapping,
+    load_encoder_spec,
+    load_yaml,
+    overlay,
+    to_mapping,
+)
+from sanitize.detectors import bank
+from sanitize.errors import SanitizeError
+from sanitize.finetune import FinetuneResult, finetune
+from sanitize.fit import fit
+from sanitize.poison import load_truth
+from sanitize.scan import ScanResult, scan
+from sanitize.stages.encoders import load_encoder
+from sanitize.stages.heads import load_head
+from sanitize.stages.shards import ShardReader, end_archive, list_shards
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """train: shards to clean and to train on; auxiliary: shards the detector is fitted on; encoder: YAML of the encoder
+
+    suspect: whose reactions give the poison away. given: the encoder's, which may be trojaned. trained: those of what training on
+             the uncleaned shards makes of it (finetune.mode full or contrastive), for a clean encoder and suspect shards
+    validation, triggered: shards to measure on; triggered needs finetune.target
+    truth: poison.json of `train`, when it is known: adds the arm oracle, without exactly the poisoned samples
+    filter: also scan validation and triggered shards, as a filter in front of the trained model would
+    fit, scan, finetune: settings of those commands
+    overlap: train on the uncleaned shards while the detector is fitted and the shards are scanned (needs Ray and suspect: given)
+    """
+
+    out: str
+    train: tuple[str, ...]
+    auxiliary: tuple[str, ...]
+    encoder: str
+    suspect: str = "given"
+    validation: tuple[str, ...] = ()
+    triggered: tuple[str, ...] = ()
+    truth: str = ""
+    filter: bool = False
+    fit: dict[str, Any] = field(default_factory=dict)
+    scan: dict[str, Any] = field(default_factory=dict)
+    finetune: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    overlap: bool = False
+    workers: int = -1
+    cpus_per_worker: int = 0
+    gpus_per_worker: float = -1.0
+    address: str = ""
+
+    def __post_init__(self) -> None:
+        check(self.suspect in ("given", "trained"), f"suspect: {self.suspect!r} is not given or trained.")
+        mode = self.finetune.get("mode", "linear")
+        check(
+            self.suspect == "given" or mode in ("full", "contrastive"),
+            f"suspect: trained needs an encoder that training changes; finetune.mode {mode} leaves it as it is. Use full or contrastive.",
+        )
+        check(
+            not self.filter or (mode in ("linear", "mlp") and "target" in self.finetune and bool(self.triggered)),
+            "filter: needs a head on the given encoder (finetune.mode linear or mlp), finetune.target and triggered shards.",
+        )
+        check(
+            not self.overlap or (self.suspect == "given" and self.workers != 0),
+            "overlap: needs Ray (workers other than 0) and suspect: given; else the detector waits for the training.",
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """arms: "poisoned" (as they came), "cleaned", and with a truth "oracle". detection: of the scan, when the truth is known;
+    filtered: see Filtered."""
+
+    arms: dict[str, FinetuneResult]
+    kept: int
+    removed: int
+    detection: dict[str, float]
+    filtered: dict[str, float]
+    path: str
+
+
+def run(config: PipelineConfig) -> Report:
+    resources = runtime.plan(
+        config.workers, config.cpus_per_worker, config.gpus_per_worker, len(list_shards(config.train)), config.address
+    )
+    with runtime.ray_session(config.address) if resources.workers else contextlib.nullcontext():
+        with ThreadPoolExecutor(1) if config.overlap else contextlib.nullcontext() as pool:
+            training = pool.submit(_train, config, "poisoned", config.train) if pool else None
+            arms = {} if training else {"poisoned": _train(config, "poisoned", config.train)}
+            suspect = _suspect(config, arms.get("poisoned"))
+            detector = _fit(config, suspect)
+            scanned = _scan(config, "scanned", config.train, detector)
+            arms |= {"poisoned": training.result()} if training else {}
+        arms["cleaned"] = _train(config, "cleaned", (storage.join(scanned.out, "clean"),))
+        if config.truth:
+            arms["oracle"] = _train(config, "oracle", (_oracle(config),))
+        filtered = _filtered(config, detector, arms["cleaned"]) if config.filter else {}
+    found = audit(scanned.out, config.truth, top=0).detection_at_threshold if config.truth else None
+    assert scanned.cleaned is not None
+    path = storage.join(config.out, f"report-{_hash(to_mapping(config))}")
+    report = Report(arms, scanned.cleaned.kept, scanned.cleaned.removed, found or {}, filtered, f"{path}.md")
+    storage.write_json(f"{path}.json", _numbers(config, report))
+    storage.write_bytes(report.path, markdown(report).encode())
+    return report
+
+
+# ---------------------------------------------------------------- stages
+
+
+def _folder(config: PipelineConfig, name: str, *inputs: Any) -> str:
+    return storage.join(config.out, f"{name}-{_hash(inputs)}")
+
+
+def _hash(value: Any) -> str:
+    return storage.json_sha256(value)[:10]
+
+
+def _placement(config: PipelineConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in ("workers", "cpus_per_worker", "gpus_per_worker", "address")}
+
+
+def _train(config: PipelineConfig, arm: str, shards: tuple[str, ...]) -> FinetuneResult:
+    spec = load_encoder_spec(config.encoder)
+    values = {"validation": config.validation, "triggered": config.triggered, "seed": config.seed} | config.finetune
+    inputs = [identity(shards), identity(config.validation), identity(config.triggered)]
+    out = _folder(config, arm, values, _encoder_identity(spec), *inputs)
+    values |= {"shards": shards, "encoder": spec, "out": out} | _placement(config)
+    return finetune(from_mapping(FinetuneConfig, values, "finetune"))
+
+
+def _suspect(config: PipelineConfig, trained: FinetuneResult | None) -> EncoderSpec:
+    if config.suspect == "given":
+        return load_encoder_spec(config.encoder)
+    assert trained is not None
+    return load_encoder_spec(storage.join(trained.out, "encoder.yaml"))
+
+
+def _encoder_identity(spec: EncoderSpec) -> list[Any]:
+    """Settings and weights; where the files lie does not matter."""
+    weights = storage.file_sha256(spec.weights) if spec.weights else ""
+    return [{k: v for k, v in to_mapping(spec).items() if k not in ("weights", "tokenizer")}, weights]
+
+
+def _fit(config: PipelineConfig, encoder: EncoderSpec) -> str:
+    values = {"seed": config.seed} | config.fit
+    out = _folder(config, "detector", values, _encoder_identity(encoder), identity(config.auxiliary))
+    values |= {"shards": config.auxiliary, "encoder": encoder, "out": out} | _placement(config)
+    fit(from_mapping(FitConfig, values, "fit"))
+    return out
+
+
+def _scan(config: PipelineConfig, name: str, shards: tuple[str, ...], detector: str, **changes: Any) -> ScanResult:
+    fitted = storage.file_sha256(storage.join(detector, "detector.json"))
+    out = _folder(config, name, config.scan, changes, fitted, identity(shards))
+    values = config.scan | changes | {"shards": shards, "detector": detector, "out": out} | _placement(config)
+    result = scan(from_mapping(ScanConfig, values, "scan"))
+    for message in result.failed:
+        log.warning("shard left out of training: %s", message)
+    return result
+
+
+def _oracle(config: PipelineConfig) -> str:
+    """The shards without exactly the poisoned samples, members byte for byte."""
+    truth = load_truth(config.truth)
+    out = _folder(config, "oracle-shards", sorted(truth), identity(config.train))
+    for shard in list_shards(config.train):
+        target = storage.join(out, f"{shard.stem}.tar")
+        if storage.exists(target):
+            continue
+        with (
+            storage.open_read(shard.url) as file,
+            storage.open_read(shard.url) as raw,
+            storage.atomic_write(target) as copy,
+        ):
+            for sample in ShardReader(file, shard).samples():
+                for member in sample.members if (shard.stem, sample.index) not in truth else ():
+                    raw.seek(member.start)
+                    copy.write(raw.read(member.end - member.start))
+            end_archive(copy)
+    return out
+
+
+# ---------------------------------------------------------------- the scanner as a filter at inference time
+
+
+def _filtered(config: PipelineConfig, detector: str, trained: FinetuneResult) -> dict[str, float]:
+    """The trained head behind the scanner: a rejected picture counts as an error, and as no success of the attack.
+
+    Each picture is judged alone (no adaption: what comes in at inference time has no bulk).
+    """
+    encoder = load_encoder(load_encoder_spec(config.encoder))
+    head = load_head(trained.out, encoder)
+    target = int(config.finetune["target"])
+    scan_settings = overlay(config.scan, {"policy": {"adapt": False}, "force": True})
+    config = dataclasses.replace(config, scan=scan_settings)
+
+    def kept(name: str, shards: tuple[str, ...]) -> tuple[ScanResult, NDArray[np.int64], NDArray[np.int64]]:
+        """(scan, predictions, labels) of the pictures that pass."""
+        scanned = _scan(config, f"incoming-{name}", shards, detector)
+        if not scanned.cleaned or not scanned.cleaned.kept:
+            return scanned, np.empty(0, np.int64), np.empty(0, np.int64)
+        images = load_images((storage.join(scanned.out, "clean"),), 0, encoder.spec.image_size)
+        embeddings = bank.embed(encoder, images.pixels)
+        return scanned, head.predictions(embeddings), images.labels.numpy()
+
+    clean, predictions, labels = kept("validation", config.validation)
+    triggered, taken, true = kept("triggered", config.triggered)
+    others = load_images(config.triggered, 0, encoder.spec.image_size).labels != target
+    return {
+        "clean_accuracy": float((predictions == labels).sum()) / clean.samples,
+        "clean_rejected": 1 - len(labels) / clean.samples,
+        "attack_success": float(((taken == target) & (true != target)).sum()) / int(others.sum()),
+        "triggered_rejected": 1 - len(true) / triggered.samples,
+    }
+
+
+# ---------------------------------------------------------------- report
+
+
+def _numbers(config: PipelineConfig, report: Report) -> dict[str, Any]:
+    arms = {
+        name: {"out": result.out, "samples": result.samples} | result.evaluation for name, result in report.arms.items()
+    }
+    return {
+        "settings": to_mapping(config),
+        "arms": arms,
+        "kept": report.kept,
+        "removed": report.removed,
+        "detection": report.detection,
+        "filtered": report.filtered,
+    }
+
+
+def markdown(report: Report) -> str:
+    names = list(dict.fromkeys(name for result in report.arms.values() for name in result.evaluation))
+    names = [name for name in names if name != "unreadable"]
+    lines = [
+        [arm, result.samples, *(f"{result.evaluation[name]:.4f}" for name in names)]
+        for arm, result in report.arms.items()
+    ]
+    parts = [
+        page.table(["trained on", "samples", *(name.replace("_", " ") for name in names)], lines),
+        f"{report.removed} of {report.kept + report.removed} samples removed.",
+    ]
+    if report.detection:
+        found = report.detection
+        parts.append(
+            f"Of the poisoned ones {found['true_positive_rate']:.1%}, of the others {found['false_positive_rate']:.2%}."
+        )
+    if report.filtered:
+        cells = [f"{value:.4f}" for value in report.filtered.values()]
+        parts += [
+            "The model trained on the cleaned shards behind the scanner, rejected pictures counted as errors:",
+            page.table([name.replace("_", " ") for name in report.filtered], [cells]),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+@click.command()
+@click.argument("config", type=click.Path(exists=True))
+@click.option("--out", default="", help="Instead of the YAML's")
+@click.option("--seed", type=int, help="Instead of the YAML's")
+@click.option("--workers", type=int, help="Instead of the YAML's; 0 = this process")
+@click.option("--address", default="", help="Ray cluster to join")
+def main(config: str, **options: Any) -> None:
+    """Clean the shards that CONFIG names, train before and after, and report."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        values = load_yaml(config) | {key: value for key, value in options.items() if value not in ("", None)}
+        report = run(from_mapping(PipelineConfig, values, config))
+        click.echo(f"{storage.read_bytes(report.path).decode()}\n{report.path}")
+    except SanitizeError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
