@@ -17,7 +17,7 @@ from sanitize.ranks import Place
 from sanitize.records import Picture
 from sanitize.stages.contrastive import LARGEST_SCALE, Clip, info_nce
 from sanitize.stages.encoders import Encoder
-from sanitize.stages.heads import Head
+from sanitize.stages.heads import Head, fresh_head
 from sanitize.stages.images import to_batch
 from sanitize.stages.lanes import Order, lane_pieces, lanes_of
 from sanitize.stages.loader import AHEAD, pictures_ahead
@@ -51,8 +51,7 @@ class HeadObjective:
     """linear and mlp: batches are slices of a seeded permutation, shared evenly by the ranks."""
 
     def __init__(self, config: FinetuneConfig, classes: int, training: Features, validation: Features | None) -> None:
-        torch.manual_seed(config.seed)
-        self.model = Head(config.mode, training.embeddings.shape[1], classes)
+        self.model = fresh_head(config.mode, training.embeddings.shape[1], classes, config.seed)
         self._config, self._training, self._validation = config, training, validation
         self.samples = len(training.labels)
         self.steps = steps_of(self.samples, config.batch_size)
@@ -198,8 +197,7 @@ class FullObjective:
         validation: DataSet | None,
         threads: int,
     ) -> None:
-        torch.manual_seed(config.seed)
-        self.model = Classifier(encoder, Head("linear", embedding_size(encoder), classes))
+        self.model = Classifier(encoder, fresh_head("linear", embedding_size(encoder), classes, config.seed))
         self._config, self._stream = config, Stream(config, training, threads, training=True)
         self._labels = torch.from_numpy(training.labels)
         self._validation = Stream(config, validation, threads, training=False) if validation else None

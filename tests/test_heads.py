@@ -10,7 +10,7 @@ from builders import write_encoder
 from sanitize.config import load_encoder_spec
 from sanitize.errors import CheckpointError
 from sanitize.stages.encoders import load_encoder
-from sanitize.stages.heads import Head, TrainedHead, load_head, save_head
+from sanitize.stages.heads import Head, TrainedHead, fresh_head, load_head, save_head
 from sanitize.stages.views import random_views
 
 
@@ -31,6 +31,15 @@ def test_the_mlp_is_the_papers_and_the_linear_head_one_layer():
     shapes = [tuple(layer.weight.shape) for layer in Head("mlp", 32, 10).layers]
     assert shapes == [(512, 32), (256, 512), (10, 256)]
     assert [tuple(layer.weight.shape) for layer in Head("linear", 32, 10).layers] == [(10, 32)]
+
+
+def test_a_fresh_head_comes_from_its_seed_and_leaves_the_callers_random_numbers_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    first, second = fresh_head("mlp", 8, 3, seed=1), fresh_head("mlp", 8, 3, seed=1)
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(first.layers[0].weight, second.layers[0].weight)
 
 
 def test_logits_do_not_depend_on_the_length_of_embeddings():

@@ -49,6 +49,13 @@ class Head(nn.Module):
         return torch.from_numpy(rng.random((count, HIDDEN[0])) >= DROPOUT) if self.kind == "mlp" else None
 
 
+def fresh_head(kind: str, size: int, classes: int, seed: int) -> Head:
+    """An untrained head; the caller's random numbers go on as if nothing had happened."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return Head(kind, size, classes)
+
+
 @dataclass(frozen=True)
 class TrainedHead:
     """A head with the names of its classes and the encoder whose embeddings it was trained on."""
