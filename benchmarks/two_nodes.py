@@ -94,7 +94,9 @@ def run(program: str, *arguments: str, node: str = HEAD) -> None:
     """A program of this virtual environment, inside a node's namespace ("" = here)."""
     place = ["ip", "netns", "exec", node] if node else []
     command = [*place, str(Path(sys.executable).with_name(program)), *arguments]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    # Gloo binds to what the host name resolves to, here the loopback; name the interface, as on clusters where that is so
+    environment = ENVIRONMENT | ({"GLOO_SOCKET_IFNAME": node} if node else {})
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"error: {' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
     if program == "python":
