@@ -66,7 +66,8 @@ def audit(out: str, truth: str = "", top: int = 32) -> AuditResult:
     folder = storage.join(out, "audit")
     known = poisoned[finite] if poisoned is not None else None
     preview.write_histogram(storage.join(folder, "histogram.png"), scored.scores[finite], threshold, known)
-    _write_suspicious(storage.join(folder, "suspicious.png"), run, scored, poisoned, top)
+    if top:
+        _write_suspicious(storage.join(folder, "suspicious.png"), run, scored, poisoned, top)
     text = _text(out, scored, summary, threshold, quality, at_threshold)
     values = {
         "samples": len(scored.scores),
