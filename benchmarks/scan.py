@@ -7,7 +7,6 @@ bound: both share the cores, so 1 / (1/decode + 1/model). serial loop: read, dec
 scan: the command's function on Ray, start-up (wall time of a scan of 2 images) taken off and reported apart.
 """
 
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -60,7 +59,7 @@ def decode_only(shards: Path) -> int:
     for shard in list_shards([str(shards)]):
         with storage.open_read(shard.url) as file:
             count += sum(
-                len(b) for b in picture_batches(ShardReader(file, shard).samples(), BATCH, os.cpu_count() or 1)
+                len(b) for b in picture_batches(ShardReader(file, shard).samples(), BATCH, runtime.usable_cpus())
             )
     return count
 
@@ -79,7 +78,7 @@ def all_pictures(shards: Path, limit: int) -> list[Picture]:
 def measure(title: str, shards: Path, detector: Path, count: int) -> None:
     loaded = checkpoint.load(str(detector))
     scorer = checkpoint.scorer(loaded, checkpoint.load_matching_encoder(loaded, None), "auto", torch.device("cpu"))
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(runtime.usable_cpus())
     pictures = all_pictures(shards, min(count, 4096))
     batches = [pictures[i : i + BATCH] for i in range(0, len(pictures), BATCH)]
     scorer(batches[0])
@@ -105,7 +104,7 @@ def measure(title: str, shards: Path, detector: Path, count: int) -> None:
                 done += len(scorer(batch).score) if batch else 0
         return done
 
-    print(f"\n{title}: {count} images, {os.cpu_count()} cores, {scorer.dtype}", flush=True)
+    print(f"\n{title}: {count} images, {runtime.usable_cpus()} cores, {scorer.dtype}", flush=True)
     encoder_rate, decode_rate, model_rate = timed(encoder_only), timed(lambda: decode_only(shards)), timed(model_only)
     bound = 1 / (1 / decode_rate + 1 / model_rate)
     serial = timed(serial_loop)

@@ -52,7 +52,7 @@ def plan(workers: int, cpus_per_worker: int, gpus_per_worker: float, shards: int
         raise ConfigError(
             "workers must be -1 (automatic), 0 (this process) or more; cpus_per_worker 0 (automatic) or more."
         )
-    cpus, gpus = _available(address) if workers else (os.cpu_count() or 1, torch.cuda.device_count())
+    cpus, gpus = _available(address) if workers else (usable_cpus(), torch.cuda.device_count())
     if gpus_per_worker < 0:
         gpus_per_worker = 1.0 if gpus else 0.0
     if workers == -1:
@@ -67,11 +67,17 @@ def plan(workers: int, cpus_per_worker: int, gpus_per_worker: float, shards: int
     return Resources(workers, cpus_per_worker, gpus_per_worker)
 
 
+def usable_cpus() -> int:
+    """Those this process may run on: a scheduler or `taskset` may leave it fewer than the machine has, and more threads than
+    cores that wait for each other in OpenMP slow training down several times."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _available(address: str) -> tuple[int, int]:
     import ray
 
     if not address and not ray.is_initialized():
-        return os.cpu_count() or 1, torch.cuda.device_count()
+        return usable_cpus(), torch.cuda.device_count()
     with ray_session(address):
         total = ray.cluster_resources()
     return int(total.get("CPU", 1)), int(total.get("GPU", 0))
@@ -104,7 +110,7 @@ def ray_session(address: str) -> Iterator[None]:
         yield
         return
     try:
-        options: dict[str, Any] = {} if address else {"include_dashboard": False, "num_cpus": os.cpu_count()}
+        options: dict[str, Any] = {} if address else {"include_dashboard": False, "num_cpus": usable_cpus()}
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(

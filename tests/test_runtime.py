@@ -76,7 +76,7 @@ def test_a_worker_that_always_dies_ends_the_run_with_advice(ray_cluster):
 
 
 def test_the_default_plan_fits_the_machine():
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     resources = plan(-1, 0, 0, shards=100)
     assert 1 <= resources.workers * resources.cpus <= cores
     assert plan(-1, 0, 0, shards=1).workers == 1
@@ -94,3 +94,13 @@ def test_the_default_plan_fits_the_machine():
 def test_a_plan_that_does_not_fit_says_what_there_is(arguments, words):
     with pytest.raises(ConfigError, match=words):
         plan(*arguments, shards=10)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the affinity of a process is a Linux thing")
+def test_a_process_that_may_use_one_cpu_plans_for_one():
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert plan(0, 0, -1, 1).cpus == 1
+    finally:
+        os.sched_setaffinity(0, before)
