@@ -10,7 +10,7 @@ import pytest
 from sanitize.errors import ConfigError, SanitizeError, ShardError, StorageError
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
-from sanitize.runtime import Resources, map_shards, plan
+from sanitize.runtime import Resources, map_shards, plan, usable_cpus
 
 SHARDS = [Shard(f"/in/{name}.tar", name, 10) for name in "abcd"]
 
@@ -76,7 +76,7 @@ def test_a_worker_that_always_dies_ends_the_run_with_advice(ray_cluster):
 
 
 def test_the_default_plan_fits_the_machine():
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cpus()
     resources = plan(-1, 0, 0, shards=100)
     assert 1 <= resources.workers * resources.cpus <= cores
     assert plan(-1, 0, 0, shards=1).workers == 1
