@@ -31,6 +31,13 @@ HEAD, OTHER = NODES
 ADDRESS = f"{NODES[HEAD]}:6399"
 SECRET = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # Ray asks every node of a cluster for it
 ENVIRONMENT = {**os.environ, **SECRET, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+WAIT = f"""
+import ray, time
+ray.init({ADDRESS!r}, log_to_driver=False)
+while len(ray.nodes()) < 2:
+    time.sleep(1)
+print("nodes:", *(node["NodeManagerAddress"] for node in ray.nodes()))
+"""
 
 
 def main() -> None:
@@ -83,28 +90,31 @@ def write_inputs() -> None:
     Path("pipeline.yaml").write_text(yaml.safe_dump(settings))
 
 
-def pipeline(*arguments: str) -> float:
+def pipeline(*arguments: str, node: int = 0) -> float:
     start = time.monotonic()
-    node = HEAD if "--address" in arguments else ""
     run("python", "-m", "pipelines.clean_then_finetune", "pipeline.yaml", *arguments, node=node)
     return time.monotonic() - start
 
 
-def run(program: str, *arguments: str, node: str = HEAD) -> None:
-    """A program of this virtual environment, inside a node's namespace ("" = here)."""
-    place = ["ip", "netns", "exec", node] if node else []
+def run(program: str, *arguments: str, node: int = 0) -> None:
+    """A program of this virtual environment, where the process `node` lives (0 = here)."""
+    place = ["nsenter", f"--target={node}", "--mount", "--net", f"--wd={Path.cwd()}"] if node else []
     command = [*place, str(Path(sys.executable).with_name(program)), *arguments]
-    # Gloo binds to what the host name resolves to, here the loopback; name the interface, as on clusters where that is so
-    environment = ENVIRONMENT | ({"GLOO_SOCKET_IFNAME": node} if node else {})
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment(HEAD), capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"error: {' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-    if program == "python":
-        print(done.stdout.strip(), flush=True)
+    print(done.stdout.strip(), flush=True)
+
+
+def environment(node: str) -> dict[str, str]:
+    # Gloo binds to what the host name resolves to, here the loopback; name the interface, as on clusters where that is so
+    return {**ENVIRONMENT, "GLOO_SOCKET_IFNAME": node}
 
 
 @contextlib.contextmanager
-def cluster() -> Iterator[None]:
+def cluster() -> Iterator[int]:
+    """Yields a process that lives on the head node."""
+    nodes: list[subprocess.Popen[bytes]] = []
     try:
         subprocess.run(["ip", "link", "add", HEAD, "type", "veth", "peer", "name", OTHER], check=True)
         for node, address in NODES.items():
@@ -112,23 +122,26 @@ def cluster() -> Iterator[None]:
             subprocess.run(["ip", "link", "set", node, "netns", node], check=True)
             for words in (f"addr add {address}/24 dev {node}", f"link set {node} up", "link set lo up"):
                 subprocess.run(["ip", "-n", node, *words.split()], check=True)
-        shared = ["--num-cpus=1", "--disable-usage-stats"]
-        head = [
-            "--head",
-            f"--node-ip-address={NODES[HEAD]}",
-            f"--port={ADDRESS.rpartition(':')[2]}",
-            "--include-dashboard=false",
-        ]
-        run("ray", "start", *head, *shared)
-        run("ray", "start", f"--address={ADDRESS}", f"--node-ip-address={NODES[OTHER]}", *shared, node=OTHER)
-        yield
+        port = ADDRESS.rpartition(":")[2]
+        nodes.append(start_node(HEAD, "--head", f"--port={port}", "--include-dashboard=false"))
+        time.sleep(10)
+        nodes.append(start_node(OTHER, f"--address={ADDRESS}"))
+        run("python", "-c", WAIT, node=nodes[0].pid)
+        yield nodes[0].pid
     finally:
         for node in NODES:
-            pids = subprocess.run(
-                ["ip", "netns", "pids", node], capture_output=True, text=True, check=False
-            ).stdout.split()
-            subprocess.run(["kill", "-9", *pids], check=False, capture_output=True)
+            found = subprocess.run(["ip", "netns", "pids", node], capture_output=True, text=True, check=False)
+            subprocess.run(["kill", "-9", *found.stdout.split()], check=False, capture_output=True)
             subprocess.run(["ip", "netns", "del", node], check=False, capture_output=True)
+
+
+def start_node(node: str, *arguments: str) -> "subprocess.Popen[bytes]":
+    """A Ray node with an address and a /tmp/ray of its own."""
+    apart = 'mkdir -p /tmp/ray && mount -t tmpfs none /tmp/ray && exec "$@"'
+    ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1", "--disable-usage-stats"]
+    command = ["ip", "netns", "exec", node, "unshare", "--mount", "sh", "-c", apart, "sh", *ray, *arguments]
+    command += [f"--node-ip-address={NODES[node]}"]
+    return subprocess.Popen(command, env=environment(node), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":
