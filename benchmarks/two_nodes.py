@@ -33,7 +33,12 @@ SECRET = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # 
 ENVIRONMENT = {**os.environ, **SECRET, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 WAIT = f"""
 import ray, time
-ray.init({ADDRESS!r}, log_to_driver=False)
+for _ in range(60):
+    try:
+        ray.init({ADDRESS!r}, log_to_driver=False)
+        break
+    except ConnectionError:
+        time.sleep(1)
 while len(ray.nodes()) < 2:
     time.sleep(1)
 print("nodes:", *(node["NodeManagerAddress"] for node in ray.nodes()))
@@ -47,13 +52,8 @@ def main() -> None:
         os.chdir(folder)
         write_inputs()
         alone = pipeline("--out", "alone", "--workers", "0")
-        with cluster():
-            run(
-                "python",
-                "-c",
-                f"import ray; ray.init('{ADDRESS}'); print(*(n['NodeManagerAddress'] for n in ray.nodes()))",
-            )
-            together = pipeline("--out", "cluster", "--workers", "2", "--address", ADDRESS)
+        with cluster() as head:
+            together = pipeline("--out", "cluster", "--workers", "2", "--address", ADDRESS, node=head)
         reports = [json.loads(next(Path(out).glob("report-*.json")).read_text()) for out in ("alone", "cluster")]
         for arm in reports[0]["arms"]:
             samples, rates = zip(
@@ -124,7 +124,7 @@ def cluster() -> Iterator[int]:
                 subprocess.run(["ip", "-n", node, *words.split()], check=True)
         port = ADDRESS.rpartition(":")[2]
         nodes.append(start_node(HEAD, "--head", f"--port={port}", "--include-dashboard=false"))
-        time.sleep(10)
+        time.sleep(20)  # a node that finds no head gives up
         nodes.append(start_node(OTHER, f"--address={ADDRESS}"))
         run("python", "-c", WAIT, node=nodes[0].pid)
         yield nodes[0].pid

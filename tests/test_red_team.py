@@ -58,6 +58,7 @@ def write_config(tmp_path):
     attacks = {
         "badencoder": ssl | {"trigger": patch, "badencoder": tuned},
         "drupe": ssl | {"trigger": patch, "references": 2, "reference_pool": 4, "drupe": tuned},
+        "adaptive": ssl | {"trigger": patch, "adaptive": tuned},
         "ctrl": ssl | {"trigger": frequency, "ctrl": {"rate": 0.1}},
         "clip_text": clip | {"trigger": patch},
         "badclip": clip | {"patch": shot},
@@ -186,7 +187,7 @@ def test_every_attack_has_a_cpu_and_a_gpu_preset(path):
         (
             "badencoder",
             {"attack": "badnet"},
-            "attack: 'badnet' is not one of badencoder, drupe, ctrl, clip_text, badclip",
+            "attack: 'badnet' is not one of badencoder, drupe, ctrl, adaptive, clip_text, badclip",
         ),
         ("badencoder", {"drupe": {"epochs": 3}}, "needs the block `badencoder` and no other attack's"),
         ("badencoder", {"trigger": {"name": "star"}}, "trigger star: not known. Use one of patch"),
