@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines import benchmark_page, red_team
+from pipelines import benchmark_page, page, red_team
 from pipelines.benchmark_scores import Floats, Scored, Study, Victim, adapted_to_pool, fitted, scored
 from pipelines.data import load_images, shapes_shard, write_shard
 from sanitize import storage
@@ -55,6 +55,7 @@ class BenchmarkConfig:
     poisoned_auxiliary: share of triggered images in the extra auxiliary set "poisoned", made from the first; 0 = none
     seeds: of the fit, the calibration split and the draw of the pools
     curves: detectors whose ROC curves are plotted beside the default's
+    section: of a smaller study: the only part of the page that it writes
     """
 
     out: str
@@ -71,6 +72,7 @@ class BenchmarkConfig:
     poisoned_auxiliary: float = 0.01
     fit: dict[str, Any] = field(default_factory=dict)
     curves: tuple[str, ...] = ()
+    section: str = ""
 
     @property
     def study(self) -> Study:
@@ -311,6 +313,10 @@ def main(config: str, markdown_page: str) -> None:
             f"{config}: default {settings.default!r} is not among the detectors.",
         )
         rows = run(settings)
+        if settings.section:
+            if markdown_page:
+                page.replace(markdown_page, settings.section, benchmark_page.summary(rows, rows[0]["aux"]))
+            return
         classes = by_class(settings)
         write_table(settings.table.replace(".csv", "_by_class.csv"), list(classes[0]), classes)
         if markdown_page:

@@ -1,12 +1,14 @@
 """The detection benchmark: pools, rows, reuse; on a tiny victim."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from builders import write_tar
+from click.testing import CliRunner
 from test_red_team import shape_members
 
 from pipelines import benchmark, benchmark_page, benchmark_scores
@@ -103,6 +105,17 @@ def test_every_detector_gets_a_row_for_every_auxiliary_set_and_rate_and_the_page
         "table_roc.png",
         "table_scores.png",
     ]
+
+
+def test_a_smaller_study_writes_its_own_section_of_the_page_only(study, tmp_path):
+    values = dataclasses.asdict(dataclasses.replace(study, section="patch"))
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(values))))
+    (tmp_path / "page.md").write_text("above\n<!-- patch: begin -->\n<!-- patch: end -->\nbelow\n")
+    result = CliRunner().invoke(benchmark.main, [f"{tmp_path}/study.yaml", "--page", f"{tmp_path}/page.md"])
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "page.md").read_text()
+    assert text.startswith("above") and text.endswith("below\n")
+    assert text.count("| reaction |") == 1
 
 
 def test_finished_scores_are_reused(study, monkeypatch):
