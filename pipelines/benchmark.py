@@ -50,7 +50,7 @@ class VictimConfig:
 @dataclass(frozen=True)
 class BenchmarkConfig:
     """detectors: by name, either {scorer, effort, column, adapt, fit: settings of FitConfig} or {detector: <file>, its settings};
-               `only: {aux: [...], seeds: [...]}` limits where an expensive one runs; adapt: as pass 2 does, to every pool
+               `only: {attacks: [...], aux: [...], seeds: [...]}` limits where an expensive one runs; adapt: as pass 2 does, to every pool
 
     poisoned_auxiliary: share of triggered images in the extra auxiliary set "poisoned", made from the first; 0 = none
     seeds: of the fit, the calibration split and the draw of the pools
@@ -96,7 +96,8 @@ def run(config: BenchmarkConfig) -> list[Row]:
             for seed in config.seeds[:1] if aux in settings_of_victim.first_seed_only else config.seeds:
                 for detector, settings in config.detectors.items():
                     only = settings.get("only", {})
-                    if aux in only.get("aux", [aux]) and seed in only.get("seeds", [seed]):
+                    here = {"attacks": name, "aux": aux, "seeds": seed}
+                    if all(here[key] in allowed for key, allowed in only.items()):
                         rows += measure(config, victim, aux, seed, detector, settings)
                 write_table(config.table, COLUMNS, rows)
     return rows
