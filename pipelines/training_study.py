@@ -36,7 +36,7 @@ class ScenarioConfig:
 
     encoder: backdoored or clean; data: shards by the names train, validation, auxiliary ("shapes": procedural captioned pictures)
     replace: what a poisoned sample says instead, by extension; {target} stands for the target's number, {name} for its name
-    pipeline: settings of PipelineConfig
+    pipeline: settings of PipelineConfig; rates: instead of the study's
     """
 
     dataset: str
@@ -45,6 +45,7 @@ class ScenarioConfig:
     data: dict[str, Any]
     replace: dict[str, Any]
     pipeline: dict[str, Any] = field(default_factory=dict)
+    rates: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def run(config: StudyConfig) -> list[Row]:
     rows: list[Row] = []
     for name, values in config.scenarios.items():
         scenario = from_mapping(ScenarioConfig, values, f"scenarios.{name}")
-        for rate in config.rates:
+        for rate in scenario.rates or config.rates:
             for seed in config.seeds:
                 rows += cell(config, name, scenario, rate, seed)
                 write_table(config.table, rows)
