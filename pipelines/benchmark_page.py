@@ -131,14 +131,16 @@ def write_cost(path: Path, rows: Sequence[Row], aux: str) -> None:
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     balanced = [row for row in rows if row["poison_rate"] == BALANCED and row["aux"] == aux]
-    for detector in dict.fromkeys(row["detector"] for row in balanced):
+    for number, detector in enumerate(dict.fromkeys(row["detector"] for row in balanced)):
         own = [row for row in balanced if row["detector"] == detector]
         attacks = dict.fromkeys(row["attack"] for row in own)
         means = [np.mean([row["tpr_at_1pct"] for row in own if row["attack"] == attack]) for attack in attacks]
         speed = float(np.exp(np.mean([np.log(max(row["images_per_second"], 1)) for row in own])))
         centre = float(np.mean(means))
         axes.errorbar(speed, centre, [[centre - min(means)], [max(means) - centre]], marker="o", capsize=2)
-        axes.annotate(detector, (speed, centre), textcoords="offset points", xytext=(5, 4), fontsize=8)
+        axes.annotate(
+            detector, (speed, centre), textcoords="offset points", xytext=(5, 4 - 9 * (number % 4)), fontsize=8
+        )
     axes.set(xscale="log", xlabel="images a second, encoder included", ylabel="TPR at 1 % FPR", ylim=(-0.02, 1.05))
     _save(figure, path)
 
