@@ -7,8 +7,6 @@ Every detector scores all clean test images and the triggered ones, once with th
 scores by the seed; triggered images of the target class stay out of them. Finished scores are kept in `out` and reused.
 """
 
-import csv
-import io
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -79,14 +77,6 @@ class BenchmarkConfig:
         return Study(self.out, self.zoo, self.preset, self.auxiliary_images, self.test_images, self.fit)
 
 
-# what every row repeats, and the quality of one pool; flagged: share of the clean images above the calibrated cut-off of nominal 1 %
-COLUMNS = (
-    *("attack", "aux", "poison_rate", "seed", "detector", "is_default", "auroc", "auprc", "tpr_at_0.1pct"),
-    *("tpr_at_1pct", "tpr_at_5pct", "fpr_at_95tpr", "control_auroc", "clean_flagged", "triggered_flagged"),
-    *("asr", "clean_accuracy", "images_per_second", "fit_seconds"),
-)
-
-
 def run(config: BenchmarkConfig) -> list[Row]:
     rows: list[Row] = []
     for name, values in config.victims.items():
@@ -99,7 +89,7 @@ def run(config: BenchmarkConfig) -> list[Row]:
                     here = {"attacks": name, "aux": aux, "seeds": seed}
                     if all(here[key] in allowed for key, allowed in only.items()):
                         rows += measure(config, victim, aux, seed, detector, settings)
-                write_table(config.table, COLUMNS, rows)
+                page.write_csv(config.table, rows)
     return rows
 
 
@@ -158,7 +148,10 @@ def poisoned_shard(config: BenchmarkConfig, name: str, source: str, size: int, t
 def measure(
     config: BenchmarkConfig, victim: Victim, aux: str, seed: int, detector: str, settings: dict[str, Any]
 ) -> list[Row]:
-    """One row for each poison rate and the balanced pool."""
+    """One row for each poison rate and the balanced pool.
+
+    clean_flagged, triggered_flagged: share above the calibrated cut-off of nominal 1 %; "" for detectors that have none.
+    """
     judges = {kind: Judged(config, victim, kind, aux, seed, detector, settings) for kind in ("backdoored", "clean")}
     attacked = judges["backdoored"]
     control = detection(*judges["clean"].pool(BALANCED)).auroc
@@ -291,15 +284,6 @@ def write_plots(config: BenchmarkConfig, folder: Path, rows: Sequence[Row]) -> N
     benchmark_page.write_cost(folder / f"{stem}_cost.png", rows, rows[0]["aux"])
 
 
-def write_table(path: str, columns: Sequence[str], rows: Sequence[Row]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: f"{v:.4f}" if isinstance(v, float) and k != "poison_rate" else v for k, v in row.items()})
-    storage.write_bytes(path, text.getvalue().encode())
-
-
 @click.command()
 @click.argument("config", type=click.Path(exists=True))
 @click.option("--page", "markdown_page", default="", help="Markdown page whose tables and plots are made anew.")
@@ -319,7 +303,7 @@ def main(config: str, markdown_page: str) -> None:
                 page.replace(markdown_page, settings.section, benchmark_page.summary(rows, rows[0]["aux"]))
             return
         classes = by_class(settings)
-        write_table(settings.table.replace(".csv", "_by_class.csv"), list(classes[0]), classes)
+        page.write_csv(settings.table.replace(".csv", "_by_class.csv"), classes)
         if markdown_page:
             benchmark_page.write_tables(markdown_page, rows, classes, settings.default)
             write_plots(settings, Path(markdown_page).parent / "plots", rows)

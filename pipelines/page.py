@@ -1,6 +1,9 @@
-"""Tables inside Markdown pages: what stands between two marker comments is written anew from a result file."""
+"""Result files, and the tables of Markdown pages: what stands between two marker comments is written anew from such a file."""
 
-from collections.abc import Sequence
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from sanitize import storage
 from sanitize.config import check
@@ -21,3 +24,13 @@ def replace(page: str, name: str, text: str) -> None:
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def write_csv(path: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line a row, columns as in the first; fractions but the poison rate with four digits."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.4f}" if isinstance(v, float) and k != "poison_rate" else v for k, v in row.items()})
+    storage.write_bytes(path, text.getvalue().encode())

@@ -6,8 +6,6 @@ For every cell the training shards are poisoned with `sanitize poison` (trigger 
 pipelines/clean_then_finetune.py runs on them. Finished cells are reused.
 """
 
-import csv
-import io
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -67,7 +65,7 @@ def run(config: StudyConfig) -> list[Row]:
         for rate in scenario.rates or config.rates:
             for seed in config.seeds:
                 rows += cell(config, name, scenario, rate, seed)
-                write_table(config.table, rows)
+                page.write_csv(config.table, rows)
     return rows
 
 
@@ -131,15 +129,6 @@ def _row(scenario: ScenarioConfig, name: str, rate: float, seed: int, arm: str, 
     return row | {
         f"filtered_{key}": filtered.get(key, "") for key in ("clean_accuracy", "attack_success", "clean_rejected")
     }
-
-
-def write_table(path: str, rows: Sequence[Row]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: f"{v:.4f}" if isinstance(v, float) and k != "poison_rate" else v for k, v in row.items()})
-    storage.write_bytes(path, text.getvalue().encode())
 
 
 # ---------------------------------------------------------------- what the documentation shows

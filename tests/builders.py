@@ -131,3 +131,19 @@ def members(path: Path) -> list[tuple[str, bytes, bytes]]:
     data = path.read_bytes()
     with tarfile.open(path) as tar:
         return [(m.name, data[m.offset : m.offset_data], data[m.offset_data : m.offset_data + m.size]) for m in tar]
+
+
+def tiny_victim(folder: Path | str = ".") -> dict:
+    """Values of a red-team YAML: BadEncoder on the shards <folder>/train and <folder>/test of coloured shapes."""
+    return {
+        "attack": "badencoder",
+        "target": 4,
+        "classes": 6,
+        "trigger": {"name": "patch", "side": 5},
+        "encoder": {"architecture": "resnet10-cifar", "image_size": 32, "width": 4, "stem_stride": 2},
+        "data": {"pretrain": [f"{folder}/train"], "train": [f"{folder}/train"], "test": [f"{folder}/test"]},
+        "simclr": {"epochs": 1, "batch_size": 32, "projection": 8},
+        "badencoder": {"epochs": 1, "batch_size": 32},
+        "head": {"epochs": 2},
+        "presets": {"cpu": {}},
+    }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from builders import members, tree_bytes, write_shards, write_tar
+from builders import members, tiny_victim, tree_bytes, write_shards, write_tar
 from click.testing import CliRunner
 from test_red_team import shape_members
 
@@ -140,19 +140,7 @@ def test_the_study_writes_a_row_for_every_arm_of_every_cell(tmp_path):
     for name, count, seed in (("train", 96, 0), ("test", 60, 1), ("aux", 320, 2)):
         write_tar(tmp_path / name / "s.tar", shape_members(count, seed))
     folder = str(tmp_path)
-    victim = {
-        "attack": "badencoder",
-        "target": 4,
-        "classes": 6,
-        "trigger": {"name": "patch", "side": 5},
-        "encoder": {"architecture": "resnet10-cifar", "image_size": 32, "width": 4, "stem_stride": 2},
-        "data": {"pretrain": [f"{folder}/train"], "train": [f"{folder}/train"], "test": [f"{folder}/test"]},
-        "simclr": {"epochs": 1, "batch_size": 32, "projection": 8},
-        "badencoder": {"epochs": 1, "batch_size": 32},
-        "head": {"epochs": 2},
-        "presets": {"cpu": {}},
-    }
-    (tmp_path / "red_team_tiny.yaml").write_text(yaml.safe_dump(victim))
+    (tmp_path / "red_team_tiny.yaml").write_text(yaml.safe_dump(tiny_victim(tmp_path)))
     study = {
         "out": f"{folder}/study",
         "table": f"{folder}/training.csv",

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 import yaml
-from builders import write_tar
+from builders import tiny_victim, write_tar
 from click.testing import CliRunner
 from test_red_team import shape_members
 
@@ -16,19 +16,7 @@ def test_both_encoders_of_every_seed_get_a_row(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, count, seed in (("train", 96, 0), ("test", 60, 1), ("aux", 96, 2)):
         write_tar(tmp_path / name / "s.tar", shape_members(count, seed))
-    victim = {
-        "attack": "badencoder",
-        "target": 4,
-        "classes": 6,
-        "trigger": {"name": "patch", "side": 5},
-        "encoder": {"architecture": "resnet10-cifar", "image_size": 32, "width": 4, "stem_stride": 2},
-        "data": {"pretrain": ["train"], "train": ["train"], "test": ["test"]},
-        "simclr": {"epochs": 1, "batch_size": 32, "projection": 8},
-        "badencoder": {"epochs": 1, "batch_size": 32},
-        "head": {"epochs": 2},
-        "presets": {"cpu": {}},
-    }
-    (tmp_path / "red_team_tiny.yaml").write_text(yaml.safe_dump(victim))
+    (tmp_path / "red_team_tiny.yaml").write_text(yaml.safe_dump(tiny_victim()))
     monkeypatch.setattr(
         inspect_zoo, "recommended", lambda _: {"pool": 64, "batch_size": 32, "epochs": 4, "restarts": 1}
     )
