@@ -98,7 +98,7 @@ class PipelineConfig:
 @dataclass(frozen=True)
 class Report:
     """arms: "poisoned" (as they came), "cleaned", and with a truth "oracle". detection: of the scan, when the truth is known;
-    filtered: see Filtered."""
+    filtered: see `_filtered`."""
 
     arms: dict[str, FinetuneResult]
     kept: int
