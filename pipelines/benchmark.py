@@ -7,6 +7,8 @@ Every detector scores all clean test images and the triggered ones, once with th
 scores by the seed; triggered images of the target class stay out of them. Finished scores are kept in `out` and reused.
 """
 
+import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -205,20 +207,35 @@ class Judged:
         detector: str,
         settings: dict[str, Any],
     ) -> None:
-        self.found = scored(config.study, victim, kind, aux, seed, detector, settings)
+        self.scored = functools.partial(scored, config.study, kind=kind, aux=aux, seed=seed, detector=detector)
+        self.victim = victim
         self.seed = seed
         self.settings = settings
+        self.found = self.of_pool(BALANCED) if settings.get("each_pool") else self.scored(victim, settings=settings)
         self.detector = None
         if "scorer" in settings and "column" not in settings:
             self.detector, _ = fitted(config.study, victim, kind, aux, seed, settings)
 
     def pool(self, rate: float) -> tuple[Floats, NDArray[np.bool_]]:
         """Scores and truth of a pool in which `rate` is triggered; a detector that adapts sees this pool only."""
-        members, truth = pool(self.found, rate, self.seed)
+        members, truth = self.drawn(rate)
+        if self.settings.get("each_pool"):
+            found = self.of_pool(rate)
+            return np.concatenate([found.clean, found.triggered]), truth
         scores = np.concatenate([self.found.clean, self.found.triggered])[members]
         if self.settings.get("adapt") and self.detector:
             scores = adapted_to_pool(self.detector, scores, self.found.signatures[members])
         return scores, truth
+
+    def drawn(self, rate: float) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        return pool(len(self.victim.test), len(self.victim.triggered), rate, self.seed)
+
+    def of_pool(self, rate: float) -> Scored:
+        """Of a detector for which every pool is scored by itself."""
+        members, truth = self.drawn(rate)
+        triggered = self.victim.triggered[members[truth] - len(self.victim.test)]
+        smaller = dataclasses.replace(self.victim, triggered=triggered)
+        return self.scored(smaller, settings=self.settings | {"rate": rate})
 
     def cut_off(self) -> float | None:
         """The calibrated one of nominal 1 %; baselines have none."""
@@ -228,12 +245,12 @@ class Judged:
         return float(np.float32(cut_off(calibration, calibration, ThresholdPolicy())))
 
 
-def pool(found: Scored, rate: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def pool(clean: int, triggered: int, rate: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Positions in [clean, triggered] and truth: clean images all stay, triggered ones are drawn by the seed."""
-    count = round(len(found.clean) * rate / (1 - rate))
-    drawn = np.random.default_rng(seed).permutation(len(found.triggered))[: max(count, 1)]
-    members = np.concatenate([np.arange(len(found.clean)), len(found.clean) + drawn])
-    return members, members >= len(found.clean)
+    count = round(clean * rate / (1 - rate))
+    drawn = np.random.default_rng(seed).permutation(triggered)[: max(count, 1)]
+    members = np.concatenate([np.arange(clean), clean + drawn])
+    return members, members >= clean
 
 
 def by_class(config: BenchmarkConfig) -> list[Row]:

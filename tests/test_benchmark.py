@@ -4,7 +4,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 from builders import tiny_victim, write_tar
@@ -12,8 +11,7 @@ from click.testing import CliRunner
 from test_red_team import shape_members
 
 from pipelines import benchmark, benchmark_page, benchmark_scores
-from pipelines.benchmark import BenchmarkConfig, pool
-from pipelines.benchmark_scores import Scored
+from pipelines.benchmark import BenchmarkConfig, Judged, VictimConfig, pool
 from sanitize.config import from_mapping, load_yaml
 from sanitize.detectors import bank
 from sanitize.errors import ConfigError
@@ -115,12 +113,23 @@ def test_finished_scores_are_reused(study, monkeypatch):
 
 
 def test_a_pool_holds_all_clean_images_and_the_asked_share_of_triggered_ones():
-    none = np.empty((0, 0), np.float32)
-    found = Scored(np.arange(900, dtype=np.float32), np.full(700, 5000, np.float32), none, none, 0, 0)
     for rate, poisoned in ((0.001, 1), (0.01, 9), (0.1, 100), (0.5, 700)):
-        members, truth = pool(found, rate, seed=0)
+        members, truth = pool(900, 700, rate, seed=0)
         assert (len(set(members.tolist())) - 900, truth.sum(), truth[:900].sum()) == (poisoned, poisoned, 0)
-        assert (members[:900] == np.arange(900)).all()
+        assert members[:900].tolist() == list(range(900))
+
+
+def test_a_detector_that_judges_images_by_each_other_is_given_every_pool_by_itself(study):
+    settings = {"detector": "spectral", "clusters": 2, "each_pool": True, "bank": "pool"}
+    study = dataclasses.replace(study, detectors={"spectral": settings}, default="spectral")
+    victim = benchmark.load_victim(study, "tiny", from_mapping(VictimConfig, study.victims["tiny"], "tiny"))
+    judged = Judged(study, victim, "backdoored", "id", 0, "spectral", settings)
+    few, many = judged.pool(0.01)[0], judged.pool(0.5)[0]
+    assert (len(few), len(many)) == (61, 60 + len(victim.triggered))
+    assert (few[:60] != many[:60]).any()  # the same clean images, beside other triggered ones
+    assert {(r["aux"], r["poison_rate"]) for r in benchmark.run(study)} == {
+        (a, p) for a in ("id", "poisoned") for p in (0.01, 0.5)
+    }
 
 
 def test_the_published_configuration_names_detectors_and_victims_that_exist():
