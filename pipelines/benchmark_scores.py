@@ -18,7 +18,7 @@ from pipelines import red_team
 from pipelines.data import load_images
 from sanitize import checkpoint, runtime, storage
 from sanitize.checkpoint import Detector
-from sanitize.config import FitConfig, ThresholdPolicy, from_mapping, load_encoder_spec, overlay, preset
+from sanitize.config import FitConfig, ThresholdPolicy, check, from_mapping, load_encoder_spec, overlay, preset
 from sanitize.detectors import bank
 from sanitize.detectors.bank import Bank
 from sanitize.fit import fit
@@ -83,6 +83,13 @@ def scored(study: Study, victim: Victim, kind: str, aux: str, seed: int, detecto
         path.parent.mkdir(parents=True, exist_ok=True)
         compute = product if "scorer" in settings else baseline
         result = compute(study, victim, kind, aux, seed, settings)
+        unscored = int((~np.isfinite(np.concatenate([result.clean, result.triggered]))).sum())
+        check(
+            unscored == 0,
+            f"{victim.name}, {kind} encoder, {aux} auxiliary set, seed {seed}: {unscored} of "
+            f"{len(result.clean) + len(result.triggered)} scores of {name} ({settings}) are not finite. Nothing was kept; "
+            "mend the detector, or take it out of `detectors`.",
+        )
         buffer = io.BytesIO()
         np.savez(buffer, **dataclasses.asdict(result))
         storage.write_bytes(str(path), buffer.getvalue())
@@ -164,6 +171,11 @@ def baseline(study: Study, victim: Victim, kind: str, aux: str, seed: int, setti
     if "other" in values:  # an independent encoder: the clean one of another victim
         other, _ = red_team.make(values["other"], study.preset, study.zoo)
         values["other"] = load_encoder(load_encoder_spec(storage.join(other, "clean", "encoder.yaml")))
+        check(
+            values["other"].spec.image_size == size,
+            f"{settings['other']}: its encoder sees {values['other'].spec.image_size} pixels, victim {victim.name} {size}. "
+            "Name an independent encoder of the victim's size, or leave this victim out with `only: {attacks: [...]}`.",
+        )
     known, seen, fit_seconds = embedded(victim.encoders[kind], victim.auxiliary[aux], study.auxiliary_images, size)
     images = torch.cat([victim.test, victim.triggered])
     embeddings, seconds = embedded_pool(victim, kind)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import yaml
 from builders import tiny_victim, write_tar
 from click.testing import CliRunner
@@ -12,7 +13,8 @@ from test_red_team import shape_members
 
 from pipelines import benchmark, benchmark_page, benchmark_scores
 from pipelines.benchmark import BenchmarkConfig, Judged, VictimConfig, pool
-from sanitize.config import from_mapping, load_yaml
+from sanitize import storage
+from sanitize.config import from_mapping, load_encoder_spec, load_yaml, to_mapping
 from sanitize.detectors import bank
 from sanitize.errors import ConfigError
 
@@ -130,6 +132,33 @@ def test_a_detector_that_judges_images_by_each_other_is_given_every_pool_by_itse
     assert {(r["aux"], r["poison_rate"]) for r in benchmark.run(study)} == {
         (a, p) for a in ("id", "poisoned") for p in (0.01, 0.5)
     }
+
+
+def test_an_independent_encoder_of_another_image_size_is_refused(study, tmp_path):
+    other = tiny_victim(tmp_path)
+    other["encoder"]["image_size"] = 16
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+    settings = {"detector": "cross_encoder", "other": f"{tmp_path}/other.yaml"}
+    wrong = dataclasses.replace(study, detectors={"cross": settings}, default="cross")
+    with pytest.raises(
+        ConfigError, match=r"other\.yaml: its encoder sees 16 pixels, victim tiny 32\. Name an independent"
+    ):
+        benchmark.run(wrong)
+
+
+def test_a_detector_whose_scores_are_not_finite_stops_the_study(study):
+    weights = Path(study.out).parent / "huge.safetensors"
+    victim = benchmark.load_victim(study, "tiny", from_mapping(VictimConfig, study.victims["tiny"], "tiny"))
+    encoder = storage.read_bytes(load_encoder_spec(victim.encoders["backdoored"]).weights)
+    tensors = {n: t * 1e30 if t.is_floating_point() else t for n, t in safetensors.torch.load(encoder).items()}
+    safetensors.torch.save_file(tensors, weights)
+    spec = to_mapping(load_encoder_spec(victim.encoders["backdoored"])) | {"weights": str(weights)}
+    (weights.parent / "huge.yaml").write_text(yaml.safe_dump(spec))
+    broken = dataclasses.replace(victim, encoders={"backdoored": f"{weights.parent}/huge.yaml"})
+    with pytest.raises(
+        ConfigError, match=r"tiny, backdoored encoder, id auxiliary set, seed 0: \d+ of \d+ scores of norm"
+    ):
+        benchmark_scores.scored(study.study, broken, "backdoored", "id", 0, "norm", {"detector": "norm"})
 
 
 def test_the_published_configuration_names_detectors_and_victims_that_exist():
