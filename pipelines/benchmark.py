@@ -10,7 +10,7 @@ scores by the seed; triggered images of the target class stay out of them. Finis
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 
 from pipelines import benchmark_page, page, red_team
 from pipelines.benchmark_scores import Floats, Scored, Study, Victim, adapted_to_pool, fitted, scored
@@ -81,18 +82,27 @@ class BenchmarkConfig:
 
 def run(config: BenchmarkConfig) -> list[Row]:
     rows: list[Row] = []
-    for name, values in config.victims.items():
-        settings_of_victim = from_mapping(VictimConfig, values, f"victims.{name}")
-        victim = load_victim(config, name, settings_of_victim)
-        for aux in victim.auxiliary:
-            for seed in config.seeds[:1] if aux in settings_of_victim.first_seed_only else config.seeds:
-                for detector, settings in config.detectors.items():
-                    only = settings.get("only", {})
-                    here = {"attacks": name, "aux": aux, "seeds": seed}
-                    if all(here[key] in allowed for key, allowed in only.items()):
-                        rows += measure(config, victim, aux, seed, detector, settings)
-                page.write_csv(config.table, rows)
+    for victim, aux, seed in cases(config):
+        for detector, settings in config.detectors.items():
+            if runs(settings, victim.name, aux, seed):
+                rows += measure(config, victim, aux, seed, detector, settings)
+        page.write_csv(config.table, rows)
     return rows
+
+
+def cases(config: BenchmarkConfig) -> Iterator[tuple[Victim, str, int]]:
+    """Victim, auxiliary set and seed of everything that is measured."""
+    for name, values in config.victims.items():
+        settings = from_mapping(VictimConfig, values, f"victims.{name}")
+        victim = load_victim(config, name, settings)
+        for aux in victim.auxiliary:
+            for seed in config.seeds[:1] if aux in settings.first_seed_only else config.seeds:
+                yield victim, aux, seed
+
+
+def runs(settings: dict[str, Any], attack: str, aux: str, seed: int) -> bool:
+    here = {"attacks": attack, "aux": aux, "seeds": seed}
+    return all(here[key] in allowed for key, allowed in settings.get("only", {}).items())
 
 
 # ---------------------------------------------------------------- victims
@@ -161,7 +171,7 @@ def measure(
     for rate in (*config.rates, BALANCED):
         scores, truth = attacked.pool(rate)
         quality = detection(scores, truth)
-        cut = attacked.cut_off()
+        cut = attacked.cut_off(scores, ThresholdPolicy())
         rows.append(
             {
                 "attack": victim.name,
@@ -237,18 +247,19 @@ class Judged:
         smaller = dataclasses.replace(self.victim, triggered=triggered)
         return self.scored(smaller, settings=self.settings | {"rate": rate})
 
-    def cut_off(self) -> float | None:
-        """The calibrated one of nominal 1 %; baselines have none."""
+    def cut_off(self, scores: Floats, policy: ThresholdPolicy) -> float | None:
+        """Of a scan with these scores; baselines have none."""
         if self.detector is None:
             return None
         calibration = self.detector.calibration(self.settings.get("effort", "thorough"))
-        return float(np.float32(cut_off(calibration, calibration, ThresholdPolicy())))
+        return float(np.float32(cut_off(scores, calibration, policy)))
 
 
 def pool(clean: int, triggered: int, rate: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Positions in [clean, triggered] and truth: clean images all stay, triggered ones are drawn by the seed."""
-    count = round(clean * rate / (1 - rate))
-    drawn = np.random.default_rng(seed).permutation(triggered)[: max(count, 1)]
+    """Positions in [clean, triggered] and truth: clean images all stay, triggered ones (at least one, unless `rate` is 0) are
+    drawn by the seed."""
+    count = max(round(clean * rate / (1 - rate)), 1) if rate else 0
+    drawn = np.random.default_rng(seed).permutation(triggered)[:count]
     members = np.concatenate([np.arange(clean), clean + drawn])
     return members, members >= clean
 
@@ -280,6 +291,45 @@ def by_class(config: BenchmarkConfig) -> list[Row]:
                         "tpr": float((triggered > cut).mean()),
                     }
                 )
+    return rows
+
+
+def clean_scans(config: BenchmarkConfig) -> list[Row]:
+    """The scorers of the product on the clean test images alone: what the policies of nominal 1 % remove, 95 % Wilson interval.
+
+    encoder: a scan without poison is judged with the backdoored encoder and with the clean one.
+    """
+    rows = []
+    scorers = {
+        name: values for name, values in config.detectors.items() if {"scorer", "column"} & {*values} == {"scorer"}
+    }
+    for victim, aux, seed in cases(config):
+        for detector, settings in scorers.items():
+            if not runs(settings, victim.name, aux, seed):
+                continue
+            for kind in ("backdoored", "clean"):
+                judged = Judged(config, victim, kind, aux, seed, detector, settings)
+                scores, _ = judged.pool(0)
+                for policy in ("calibrated", "fdr"):
+                    cut = judged.cut_off(scores, ThresholdPolicy(policy))
+                    assert cut is not None
+                    removed = int((scores > cut).sum())
+                    low, high = binomtest(removed, len(scores)).proportion_ci(method="wilson")
+                    rows.append(
+                        {
+                            "attack": victim.name,
+                            "encoder": kind,
+                            "aux": aux,
+                            "seed": seed,
+                            "detector": detector,
+                            "policy": policy,
+                            "nominal": 0.01,
+                            "images": len(scores),
+                            "removed": removed / len(scores),
+                            "low": float(low),
+                            "high": float(high),
+                        }
+                    )
     return rows
 
 
@@ -321,8 +371,10 @@ def main(config: str, markdown_page: str) -> None:
             return
         classes = by_class(settings)
         page.write_csv(settings.table.replace(".csv", "_by_class.csv"), classes)
+        clean = clean_scans(settings)
+        page.write_csv(settings.table.replace(".csv", "_clean_scans.csv"), clean)
         if markdown_page:
-            benchmark_page.write_tables(markdown_page, rows, classes, settings.default)
+            benchmark_page.write_tables(markdown_page, rows, classes, clean, settings.default)
             write_plots(settings, Path(markdown_page).parent / "plots", rows)
     except SanitizeError as error:
         raise SystemExit(f"error: {error}") from None

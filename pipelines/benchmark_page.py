@@ -16,12 +16,15 @@ Pool = tuple[NDArray[np.float32], NDArray[np.bool_]]
 BALANCED = 0.5
 
 
-def write_tables(markdown_page: str, rows: Sequence[Row], classes: Sequence[Row], default: str) -> None:
+def write_tables(
+    markdown_page: str, rows: Sequence[Row], classes: Sequence[Row], clean: Sequence[Row], default: str
+) -> None:
     for aux in dict.fromkeys(row["aux"] for row in rows):
         page.replace(markdown_page, f"balanced {aux}", summary(rows, aux))
     page.replace(markdown_page, "rates", by_rate(rows, default))
     page.replace(markdown_page, "false positives", false_positives(rows))
     page.replace(markdown_page, "classes", by_class(classes))
+    page.replace(markdown_page, "clean scans", clean_scans(clean, default))
 
 
 def summary(rows: Sequence[Row], aux: str) -> str:
@@ -55,7 +58,7 @@ def by_rate(rows: Sequence[Row], default: str) -> str:
 
 
 def false_positives(rows: Sequence[Row]) -> str:
-    """Clean and triggered images above the calibrated cut-off of nominal 1 %, in pools of 1 % poison; 95 % interval of the mean."""
+    """Clean and triggered images above the calibrated cut-off of nominal 1 %, in pools of 1 % poison."""
     lines = []
     for detector in dict.fromkeys(row["detector"] for row in rows if row["clean_flagged"] != ""):
         one_percent = [row for row in rows if row["poison_rate"] == 0.01]
@@ -75,6 +78,30 @@ def _groups(rows: Sequence[Row], detector: str, names: Sequence[str]) -> list[tu
         if row["detector"] == detector:
             groups.setdefault(tuple(row[name] for name in names), []).append(row)
     return list(groups.items())
+
+
+def clean_scans(rows: Sequence[Row], default: str) -> str:
+    """What the default removes of pools without poison, by each policy: mean, range, and the interval of the worst scan."""
+    lines = []
+    for key, own in _groups(rows, default, ("aux", "attack", "encoder")):
+        cells = []
+        for policy in ("calibrated", "fdr"):
+            scans = [row for row in own if row["policy"] == policy]
+            worst = max(scans, key=lambda row: float(row["removed"]))
+            cells.append(f"{np.mean([row['removed'] for row in scans]):.2%}")
+            cells.append(f"{worst['removed']:.2%} ({worst['low']:.2%} to {worst['high']:.2%})")
+        lines.append([*key, *cells, len(own) // 2])
+    header = [
+        "auxiliary",
+        "attack",
+        "encoder",
+        "calibrated: removed",
+        "worst scan (95 %)",
+        "fdr: removed",
+        "worst scan (95 %)",
+        "seeds",
+    ]
+    return page.table(header, lines)
 
 
 def by_class(classes: Sequence[Row]) -> str:

@@ -18,7 +18,16 @@ from pipelines import red_team
 from pipelines.data import load_images
 from sanitize import checkpoint, runtime, storage
 from sanitize.checkpoint import Detector
-from sanitize.config import FitConfig, ThresholdPolicy, check, from_mapping, load_encoder_spec, overlay, preset
+from sanitize.config import (
+    FitConfig,
+    ThresholdPolicy,
+    altered_share,
+    check,
+    from_mapping,
+    load_encoder_spec,
+    overlay,
+    preset,
+)
 from sanitize.detectors import bank
 from sanitize.detectors.bank import Bank
 from sanitize.fit import fit
@@ -120,7 +129,7 @@ def product(study: Study, victim: Victim, kind: str, aux: str, seed: int, settin
     rate = len(images) / (time.monotonic() - start)
     scores = np.concatenate([getattr(batch, settings.get("column", "score")) for batch in found])
     signatures = np.empty((0, 0), np.float32)
-    if detector.clean and settings.get("effort", "thorough") == "thorough":
+    if detector.clean and altered_share(settings.get("effort", "thorough")) == 1:
         columns = (
             torch.from_numpy(np.concatenate([getattr(batch, name) for batch in found]))
             for name in ("embedding_norm", "neighbour_distance")

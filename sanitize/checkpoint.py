@@ -17,7 +17,7 @@ from torch import Tensor
 
 import sanitize
 from sanitize import storage
-from sanitize.config import DecoderConfig, EncoderSpec, from_mapping, to_mapping
+from sanitize.config import DecoderConfig, EncoderSpec, altered_share, from_mapping, to_mapping
 from sanitize.errors import CheckpointError
 from sanitize.stages.decoder import Decoder
 from sanitize.stages.encoders import Encoder, load_encoder
@@ -27,7 +27,6 @@ from sanitize.stages.scoring import References, Scorer
 from sanitize.stages.text import TextEncoder
 
 FORMAT_VERSION = 3
-FAST = 0.2  # share of clean pictures that effort "fast" alters
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,11 @@ class Detector:
     fingerprint: str = ""  # of the folder; known after save or load
 
     def gate(self, effort: str) -> float:
-        """The first look below which `effort` does not look twice. fast: the quantile that FAST of clean pictures exceed."""
-        if self.clean is None or effort == "thorough":
+        """The first look below which `effort` does not look twice: the quantile that its share of clean pictures exceeds."""
+        share = altered_share(effort)
+        if self.clean is None or share == 1:
             return -math.inf
-        return float(np.quantile(self.first_looks, 1 - FAST))
+        return float(np.quantile(self.first_looks, 1 - share))
 
     def calibration(self, effort: str) -> NDArray[np.float32]:
         """The null distribution of the score under `effort`, sorted upwards."""

@@ -1,5 +1,6 @@
 """Settings: one frozen dataclass per command, and strict YAML loading. `__post_init__` only checks."""
 
+import contextlib
 import dataclasses
 import re
 import types
@@ -173,6 +174,18 @@ class ThresholdPolicy:
         check(self.mad > 0, f"mad: {self.mad} is not above 0.")
 
 
+EFFORTS = {"fast": 0.2, "thorough": 1.0}
+
+
+def altered_share(effort: str) -> float:
+    """Share of clean pictures, the most suspicious, that an effort alters: `fast`, `thorough`, or the share itself, as text."""
+    with contextlib.suppress(ValueError):
+        share = EFFORTS.get(effort) or float(effort)
+        if 0 < share <= 1:
+            return share
+    raise ConfigError(f"effort: {effort!r} is not fast, thorough, or a share above 0 and at most 1.")
+
+
 @dataclass(frozen=True)
 class ScanConfig:
     """`sanitize scan`: shards + detector → scan folder."""
@@ -182,7 +195,7 @@ class ScanConfig:
     out: str = "scanned"
     encoder: EncoderSpec | None = None  # default: the one the detector names
     policy: ThresholdPolicy = field(default_factory=ThresholdPolicy)
-    effort: str = "thorough"  # of the scorer `reaction`: thorough alters every picture, fast the most suspicious fifth
+    effort: str = "thorough"  # of the scorer `reaction`: see `altered_share`
     scores_only: bool = False
     force: bool = False
     image_member: str = ""
@@ -196,7 +209,7 @@ class ScanConfig:
 
     def __post_init__(self) -> None:
         check(self.batch_size >= 1, f"batch_size: {self.batch_size} is not at least 1.")
-        check(self.effort in ("fast", "thorough"), f"effort: {self.effort!r} is not fast or thorough.")
+        altered_share(self.effort)
         check_precision(self.precision)
 
 
@@ -363,6 +376,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if hint is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
         return float(value)
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)  # effort: 0.05
     right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
     check(right, f"{where} holds {value!r}, {hint.__name__} was expected.")
     return value

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from sanitize import storage
 from sanitize.checkpoint import Detector
-from sanitize.config import ThresholdPolicy
+from sanitize.config import ThresholdPolicy, altered_share
 from sanitize.stages import score_table
 from sanitize.stages.reactions import CleanSignature, adapted
 from sanitize.stages.thresholds import cut_off
@@ -51,7 +51,7 @@ class Judge:
 
 def judge(paths: Sequence[str], detector: Detector | None, effort: str, policy: ThresholdPolicy) -> Judge:
     """Adapted when the policy compares with calibration scores, every picture was altered, and the scan's bulk can be trusted."""
-    if not (policy.adapt and detector and detector.clean and effort == "thorough"):
+    if not (policy.adapt and detector and detector.clean and altered_share(effort) == 1):
         return Judge()
     scores = np.concatenate([Judge().scores(path) for path in paths] or [np.empty(0, np.float32)])
     finite = np.isfinite(scores)

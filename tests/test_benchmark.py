@@ -63,7 +63,7 @@ def study(tmp_path):
     return from_mapping(BenchmarkConfig, values, "test")
 
 
-PAGE = ("balanced id", "balanced poisoned", "rates", "false positives", "classes")
+PAGE = ("balanced id", "balanced poisoned", "rates", "false positives", "classes", "clean scans")
 DETECTORS = ("reaction", "plain", "norm")
 
 
@@ -84,8 +84,14 @@ def test_every_detector_gets_a_row_for_every_auxiliary_set_and_rate_and_the_page
     assert [(r["true_class"], r["is_target"]) for r in classes if r["aux"] == "id"] == [
         (c, int(c == 4)) for c in range(6)
     ]
-    benchmark_page.write_tables(str(tmp_path / "page.md"), rows, classes, study.default)
+    clean = benchmark.clean_scans(study)
+    assert {(r["aux"], r["encoder"], r["policy"]) for r in clean if r["detector"] == "reaction"} == {
+        (a, e, p) for a in ("id", "poisoned") for e in ("backdoored", "clean") for p in ("calibrated", "fdr")
+    }
+    assert all(r["images"] == 60 and 0 <= r["low"] <= r["removed"] <= r["high"] <= 1 for r in clean)
+    benchmark_page.write_tables(str(tmp_path / "page.md"), rows, classes, clean, study.default)
     text = (tmp_path / "page.md").read_text()
+    assert text.count("| tiny | backdoored |") == 2
     assert text.count("| reaction |") == 4  # two auxiliary sets, and the false positives of both
     assert "| id | tiny | 0.01 |" in text
     benchmark.write_plots(study, tmp_path / "plots", rows)

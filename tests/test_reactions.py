@@ -8,7 +8,7 @@ from builders import PlantedEncoder, fit_config, random_picture
 
 from sanitize import checkpoint
 from sanitize.attacks.triggers import FrequencyTrigger
-from sanitize.config import EncoderSpec, ThresholdPolicy
+from sanitize.config import EncoderSpec, ScanConfig, ThresholdPolicy, from_mapping
 from sanitize.errors import ConfigError
 from sanitize.fit import fit
 from sanitize.metrics import detection
@@ -105,11 +105,11 @@ def test_fast_looks_twice_only_at_the_most_suspicious(detector, shards, scan_con
 
 def test_the_null_distribution_belongs_to_the_effort(detector):
     found = checkpoint.load(str(detector))
-    fast, thorough = found.calibration("fast"), found.calibration("thorough")
-    assert len(fast) == len(thorough) == len(found.scores)
-    assert (thorough >= 0).all()
-    assert np.mean(fast >= 0) == pytest.approx(checkpoint.FAST, abs=0.02)
-    assert (np.diff(fast) >= 0).all()
+    for effort, share in (("thorough", 1.0), ("fast", 0.2), ("0.5", 0.5), ("1", 1.0)):
+        scores = found.calibration(effort)
+        assert len(scores) == len(found.scores)
+        assert np.mean(scores >= 0) == pytest.approx(share, abs=0.02)
+        assert (np.diff(scores) >= 0).all()
 
 
 def test_a_scan_folder_keeps_to_one_effort(shards, scan_config):
@@ -120,9 +120,16 @@ def test_a_scan_folder_keeps_to_one_effort(shards, scan_config):
         scan(scan_config(shards, effort="thorough", scores_only=True))
 
 
-def test_an_unknown_effort_says_so(shards, scan_config):
-    with pytest.raises(ConfigError, match="effort: 'slow' is not fast or thorough"):
-        scan_config(shards, effort="slow")
+def test_a_share_may_stand_in_yaml_as_the_number_it_is():
+    assert from_mapping(ScanConfig, {"shards": ["s"], "effort": 0.05}, "scan.yaml").effort == "0.05"
+
+
+@pytest.mark.parametrize("effort", ["slow", "0", "1.5", "-1", "nan"])
+def test_an_unknown_effort_says_so(shards, scan_config, effort):
+    with pytest.raises(
+        ConfigError, match=f"effort: '{effort}' is not fast, thorough, or a share above 0 and at most 1"
+    ):
+        scan_config(shards, effort=effort)
 
 
 def test_scorers_of_the_reconstruction_alone_alter_nothing(aux_shards, encoder_spec, shards, scan_config, tmp_path):
