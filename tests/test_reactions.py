@@ -36,6 +36,21 @@ def test_an_alteration_changes_a_picture_and_treats_each_alone(name, size):
     assert not torch.allclose(ALTERATIONS[name](grey), grey, atol=1e-3)
 
 
+@pytest.mark.parametrize("size", [16, 32, 96])
+def test_blur_is_the_binomial_filter_of_a_32_pixel_picture(size):
+    image = pictures(1, size)[0].double().numpy() / 255
+    step = max(size // 32, 1)
+    padded = np.pad(image, ((0, 0), (step, step), (step, step)), mode="edge")
+    weights = np.outer([1, 2, 1], [1, 2, 1]) / 16
+    expected = sum(
+        weights[i, j] * padded[:, i * step : i * step + size, j * step : j * step + size]
+        for i in range(3)
+        for j in range(3)
+    )
+    blurred = ALTERATIONS["blur"](torch.from_numpy(image)[None].float())[0]
+    assert blurred.numpy() == pytest.approx(expected, abs=1e-6)
+
+
 def test_reactions_are_the_logarithm_of_the_cosine_change():
     torch.manual_seed(0)
     embed = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 9))
