@@ -7,6 +7,7 @@ key) goes to the quarantine tar, so clean + quarantine = input.
 import contextlib
 import hashlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
@@ -29,6 +30,7 @@ from sanitize.stages import score_table, thresholds
 from sanitize.stages.shards import ShardReader, end_archive, open_shard, read_block, sample_ranges
 
 log = logging.getLogger(__name__)
+RARE = 0.01  # share of poison that every policy should be able to act on
 DECISIONS = pa.schema(
     [
         ("shard", pa.string()),
@@ -180,6 +182,7 @@ def clean(
     judge = choose_judge(paths, detector, run["effort"], policy)
     scores = np.concatenate([np.empty(0, np.float32), *(judge.scores(path) for path in paths)])
     threshold = thresholds.cut_off(scores, calibration, policy)
+    _warn_of_small_calibration(policy, threshold, len(calibration))
     kept = thresholds.keep(scores, threshold, policy.keep_unscored)
     _guard(scores, kept, force)
     storage.delete(storage.join(out, "summary.json"))
@@ -207,6 +210,16 @@ def _detector(out: str, run: dict[str, Any], policy: ThresholdPolicy) -> Detecto
             f"{run['detector']}: is not the detector that {out} was scanned with. Restore it, or scan again."
         )
     return detector
+
+
+def _warn_of_small_calibration(policy: ThresholdPolicy, threshold: float, calibration: int) -> None:
+    share = thresholds.smallest_share(calibration, policy.fpr) if policy.policy == "fdr" else 0
+    if share > RARE and math.isinf(threshold):
+        log.warning(
+            "fdr %g removes nothing: with %d calibration scores it acts only where %.1f %% of a scan stand out. To act on %g %%, fit "
+            "with auxiliary images that leave %d to calibrate on, or use --policy calibrated",
+            *(policy.fpr, calibration, 100 * share, 100 * RARE, math.ceil(1 / (policy.fpr * RARE) - 1 - 1e-9)),
+        )
 
 
 def _guard(scores: NDArray[np.float32], kept: NDArray[np.bool_], force: bool) -> None:

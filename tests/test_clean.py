@@ -4,6 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 from builders import members, tree_bytes
 
+from sanitize import checkpoint
 from sanitize.clean import clean
 from sanitize.config import ThresholdPolicy
 from sanitize.errors import RefusedError
@@ -23,6 +24,16 @@ def test_another_threshold_rereads_scores_only(shards, scan_config, tmp_path):
     assert verify(str(out)).problems == ()
     scan(scan_config(shards, out="fresh", policy=ThresholdPolicy("fraction", fraction=0.4)))
     assert tree_bytes(out) == tree_bytes(tmp_path / "fresh")
+
+
+def test_fdr_says_when_the_calibration_set_is_too_small_to_remove_anything(shards, scan_config, tmp_path, caplog):
+    scan(scan_config(shards, scores_only=True))
+    clean(str(tmp_path / "scanned"), ThresholdPolicy("fdr", fpr=0.001))
+    count = len(checkpoint.load(scan_config(shards).detector).scores)
+    assert (
+        f"fdr 0.001 removes nothing: with {count} calibration scores it acts only where 100.0 % of a scan "
+        "stand out. To act on 1 %, fit with auxiliary images that leave 99999 to calibrate on, or use --policy calibrated"
+    ) in caplog.text
 
 
 def test_decisions_join_to_the_samples(shards, scan_config, tmp_path):

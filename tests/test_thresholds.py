@@ -3,7 +3,7 @@ import pytest
 
 from sanitize.config import ThresholdPolicy
 from sanitize.errors import ConfigError
-from sanitize.stages.thresholds import cut_off, keep, p_values
+from sanitize.stages.thresholds import cut_off, keep, p_values, smallest_share
 
 RNG = np.random.default_rng(0)
 CALIBRATION = np.sort(RNG.normal(size=999).astype(np.float32))
@@ -48,6 +48,15 @@ def test_fdr_is_benjamini_hochberg():
     expected = p <= p[order[largest]]
     assert np.array_equal(removed(ThresholdPolicy("fdr", fpr=0.1))[:-1], expected)
     assert not removed(ThresholdPolicy("fdr", fpr=0.1), SCORES[:2000])[:2000].all()
+
+
+def test_the_smallest_share_that_fdr_can_remove_follows_from_the_number_of_calibration_scores():
+    policy, count = ThresholdPolicy("fdr", fpr=0.1), 99
+    share = smallest_share(count, policy.fpr)
+    assert share == pytest.approx(0.1)
+    for outliers, acts in ((99, False), (100, True)):  # of a thousand
+        scores = np.append(np.zeros(1000 - outliers), np.full(outliers, 50)).astype(np.float32)
+        assert removed(policy, scores, np.linspace(1, 2, count, dtype=np.float32)).any() == acts
 
 
 def test_fraction_removes_the_top_share_and_keeps_ties():

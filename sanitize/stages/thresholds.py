@@ -60,6 +60,11 @@ def _benjamini_hochberg(finite: Floats, calibration: Floats, rate: float) -> flo
     return float(kept.max()) if len(kept) else -math.inf
 
 
+def smallest_share(calibration: int, rate: float) -> float:
+    """Of a scan, that must stand out before `fdr` can remove anything: no p-value is below 1 / (calibration + 1)."""
+    return min(1 / ((calibration + 1) * rate), 1)
+
+
 def keep(scores: Floats, threshold: float, keep_unscored: bool = False) -> NDArray[np.bool_]:
     """(N,) bool. NaN is never clean; an unscored sample is kept only on request."""
     with np.errstate(invalid="ignore"):
