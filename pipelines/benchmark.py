@@ -223,7 +223,7 @@ class Judged:
         self.settings = settings
         self.found = self.of_pool(BALANCED) if settings.get("each_pool") else self.scored(victim, settings=settings)
         self.detector = None
-        if "scorer" in settings and "column" not in settings:
+        if has_cut_off(settings):
             self.detector, _ = fitted(config.study, victim, kind, aux, seed, settings)
 
     def pool(self, rate: float) -> tuple[Floats, NDArray[np.bool_]]:
@@ -253,6 +253,11 @@ class Judged:
             return None
         calibration = self.detector.calibration(self.settings.get("effort", "thorough"))
         return float(np.float32(cut_off(scores, calibration, policy)))
+
+
+def has_cut_off(settings: dict[str, Any]) -> bool:
+    """Scorers of the product have one for their score; baselines and other columns have none."""
+    return "scorer" in settings and "column" not in settings
 
 
 def pool(clean: int, triggered: int, rate: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -300,9 +305,7 @@ def clean_scans(config: BenchmarkConfig) -> list[Row]:
     encoder: a scan without poison is judged with the backdoored encoder and with the clean one.
     """
     rows = []
-    scorers = {
-        name: values for name, values in config.detectors.items() if {"scorer", "column"} & {*values} == {"scorer"}
-    }
+    scorers = {name: values for name, values in config.detectors.items() if has_cut_off(values)}
     for victim, aux, seed in cases(config):
         for detector, settings in scorers.items():
             if not runs(settings, victim.name, aux, seed):
