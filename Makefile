@@ -20,9 +20,10 @@ test: $(INSTALLED)  ## the tests, on the CPU
 test-slow: $(INSTALLED)  ## tests that train, kill or measure
 	$(BIN)/python -m pytest -q -m slow
 
-check: $(INSTALLED)  ## format, lint, strict types
+check: $(INSTALLED)  ## format, lint, import contracts, strict types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 zoo: $(INSTALLED)  ## every victim of the red team; needs runs/shards (python ../shared/data/make_shards.py runs/shards)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.finetune [--count 1024] [--size 64] [--rounds 3]
 
-plain loop: one process, tarfile + Pillow + torch, one picture after the other, no shuffling, no checkpoint: the same encoder,
+plain loop: one process, tarfile + Pillow + torch, one image after the other, no shuffling, no checkpoint: the same encoder,
 batch, optimiser and precision. finetune: the command's function, whole epochs with its shuffling, decoding threads and
 checkpoint; speed of the last of two epochs, as it stands in metrics.jsonl, so that start-up is not in it. Rounds take turns.
 """
@@ -24,8 +24,8 @@ from PIL import Image
 
 from benchmarks.data import write_shards
 from sanitize import runtime
+from sanitize.commands.finetune import finetune
 from sanitize.config import EncoderSpec, FinetuneConfig
-from sanitize.finetune import finetune
 from sanitize.stages.encoders import build_backbone
 
 OUT = Path("runs/bench")
@@ -42,7 +42,7 @@ def encoder_of(size: int) -> EncoderSpec:
 
 
 def samples(shards: Path) -> Iterator[tuple[torch.Tensor, int]]:
-    """((3, H, W) uint8, label) of every sample; the label follows the picture."""
+    """((3, H, W) uint8, label) of every sample; the label follows the image."""
     pixels = torch.empty(0)
     for path in sorted(shards.glob("*.tar")):
         with tarfile.open(path) as tar:
@@ -51,8 +51,8 @@ def samples(shards: Path) -> Iterator[tuple[torch.Tensor, int]]:
                 if member.name.endswith(".cls"):
                     yield pixels, int(data)
                 else:
-                    picture = Image.open(io.BytesIO(data)).convert("RGB")
-                    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+                    image = Image.open(io.BytesIO(data)).convert("RGB")
+                    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def plain_loop(spec: EncoderSpec, shards: Path, count: int) -> float:

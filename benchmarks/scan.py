@@ -17,15 +17,17 @@ import safetensors.torch
 import torch
 
 from benchmarks.data import write_shards
-from sanitize import checkpoint, runtime, storage
+from sanitize import runtime, storage
+from sanitize.artifacts.detector_folder import load_detector, load_matching_encoder, make_scorer
+from sanitize.commands.fit import fit
+from sanitize.commands.scan import scan
 from sanitize.config import EncoderSpec, FitConfig, ScanConfig, TrainingConfig
-from sanitize.fit import fit
-from sanitize.records import Picture
-from sanitize.scan import scan
+from sanitize.records import DecodedImage
 from sanitize.stages.encoders import build_backbone
 from sanitize.stages.images import decode_sample
-from sanitize.stages.loader import picture_batches
-from sanitize.stages.shards import ShardReader, list_shards
+from sanitize.stages.prefetch import image_batches
+from sanitize.stages.shard_reader import ShardReader
+from sanitize.stages.shards import list_shards
 
 OUT = Path("runs/bench")
 BATCH = 256
@@ -59,28 +61,28 @@ def decode_only(shards: Path) -> int:
     for shard in list_shards([str(shards)]):
         with storage.open_read(shard.url) as file:
             count += sum(
-                len(b) for b in picture_batches(ShardReader(file, shard).samples(), BATCH, runtime.usable_cpus())
+                len(b) for b in image_batches(ShardReader(file, shard).samples(), BATCH, runtime.usable_cpus())
             )
     return count
 
 
-def all_pictures(shards: Path, limit: int) -> list[Picture]:
-    pictures: list[Picture] = []
+def all_images(shards: Path, limit: int) -> list[DecodedImage]:
+    decoded: list[DecodedImage] = []
     for shard in list_shards([str(shards)]):
         with storage.open_read(shard.url) as file:
             for sample in ShardReader(file, shard).samples():
-                pictures.append(decode_sample(sample))
-                if len(pictures) == limit:
-                    return pictures
-    return pictures
+                decoded.append(decode_sample(sample))
+                if len(decoded) == limit:
+                    return decoded
+    return decoded
 
 
 def measure(title: str, shards: Path, detector: Path, count: int) -> None:
-    loaded = checkpoint.load(str(detector))
-    scorer = checkpoint.scorer(loaded, checkpoint.load_matching_encoder(loaded, None), "auto", torch.device("cpu"))
+    loaded = load_detector(str(detector))
+    scorer = make_scorer(loaded, load_matching_encoder(loaded, None), "auto", torch.device("cpu"))
     torch.set_num_threads(runtime.usable_cpus())
-    pictures = all_pictures(shards, min(count, 4096))
-    batches = [pictures[i : i + BATCH] for i in range(0, len(pictures), BATCH)]
+    decoded = all_images(shards, min(count, 4096))
+    batches = [decoded[i : i + BATCH] for i in range(0, len(decoded), BATCH)]
     scorer(batches[0])
     images = [scorer.embed(batch)[0] for batch in batches[:4]]
 
@@ -89,19 +91,19 @@ def measure(title: str, shards: Path, detector: Path, count: int) -> None:
             return sum(len(scorer.encoder(batch)) for batch in images)
 
     def model_only() -> int:
-        return sum(len(scorer(batch).score) for batch in batches)
+        return sum(len(scorer(batch)["score"]) for batch in batches)
 
     def serial_loop() -> int:
         done = 0
         for shard in list_shards([str(shards)]):
             with storage.open_read(shard.url) as file:
-                batch: list[Picture] = []
+                batch: list[DecodedImage] = []
                 for sample in ShardReader(file, shard).samples():
                     batch.append(decode_sample(sample))
                     if len(batch) == BATCH:
-                        done += len(scorer(batch).score)
+                        done += len(scorer(batch)["score"])
                         batch = []
-                done += len(scorer(batch).score) if batch else 0
+                done += len(scorer(batch)["score"]) if batch else 0
         return done
 
     print(f"\n{title}: {count} images, {runtime.usable_cpus()} cores, {scorer.dtype}", flush=True)

@@ -11,9 +11,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
@@ -22,69 +20,27 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from pipelines import benchmark_page, page, red_team
-from pipelines.benchmark_scores import Floats, Scored, Study, Victim, adapted_to_pool, fitted, scored
+from pipelines.benchmark_config import BenchmarkConfig, DetectorConfig, VictimConfig
+from pipelines.benchmark_scores import DetectorScores, Floats, Victim, adapted_to_pool, fit_scorer, score_victim
+from pipelines.command_line import command_line
 from pipelines.data import load_images, shapes_shard, write_shard
+from pipelines.page import Row
 from sanitize import storage
-from sanitize.attacks.triggers import Trigger, chosen, make_trigger
-from sanitize.config import ThresholdPolicy, check, from_mapping, load_encoder_spec, load_yaml
-from sanitize.errors import SanitizeError
+from sanitize.attacks.triggers import Trigger, make_trigger, poison_mask
+from sanitize.config import ThresholdPolicy
+from sanitize.config_loading import from_mapping, load_encoder_spec, load_yaml
 from sanitize.metrics import detection
-from sanitize.stages.thresholds import cut_off
+from sanitize.stages.thresholds import threshold_for
 
 log = logging.getLogger(__name__)
 BALANCED = 0.5
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class VictimConfig:
-    """config: a red-team YAML, overlaid with `settings`. test, auxiliary: shards; "shapes" in place of a path means
-    procedural pictures. first_seed_only: auxiliary sets that are measured with the first seed only."""
-
-    config: str
-    test: str
-    auxiliary: dict[str, Any]
-    settings: dict[str, Any] = field(default_factory=dict)
-    first_seed_only: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class BenchmarkConfig:
-    """detectors: by name, either {scorer, effort, column, adapt, fit: settings of FitConfig} or {detector: <file>, its settings};
-               `only: {attacks: [...], aux: [...], seeds: [...]}` limits where an expensive one runs; adapt: as pass 2 does, to every pool
-
-    poisoned_auxiliary: share of triggered images in the extra auxiliary set "poisoned", made from the first; 0 = none
-    seeds: of the fit, the calibration split and the draw of the pools
-    curves: detectors whose ROC curves are plotted beside the default's
-    section: of a smaller study: the only part of the page that it writes
-    """
-
-    out: str
-    table: str
-    zoo: str
-    preset: str
-    default: str
-    victims: dict[str, Any]
-    detectors: dict[str, Any]
-    rates: tuple[float, ...] = (0.001, 0.01, 0.05)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    auxiliary_images: int = 8000
-    test_images: int = 0
-    poisoned_auxiliary: float = 0.01
-    fit: dict[str, Any] = field(default_factory=dict)
-    curves: tuple[str, ...] = ()
-    section: str = ""
-
-    @property
-    def study(self) -> Study:
-        return Study(self.out, self.zoo, self.preset, self.auxiliary_images, self.test_images, self.fit)
 
 
 def run(config: BenchmarkConfig) -> list[Row]:
     rows: list[Row] = []
     for victim, aux, seed in cases(config):
         for detector, settings in config.detectors.items():
-            if runs(settings, victim.name, aux, seed):
+            if settings.only.allows(victim.name, aux, seed):
                 rows += measure(config, victim, aux, seed, detector, settings)
         page.write_csv(config.table, rows)
     return rows
@@ -93,16 +49,10 @@ def run(config: BenchmarkConfig) -> list[Row]:
 def cases(config: BenchmarkConfig) -> Iterator[tuple[Victim, str, int]]:
     """Victim, auxiliary set and seed of everything that is measured."""
     for name, values in config.victims.items():
-        settings = from_mapping(VictimConfig, values, f"victims.{name}")
-        victim = load_victim(config, name, settings)
+        victim = load_victim(config, name, values)
         for aux in victim.auxiliary:
-            for seed in config.seeds[:1] if aux in settings.first_seed_only else config.seeds:
+            for seed in config.seeds[:1] if aux in values.first_seed_only else config.seeds:
                 yield victim, aux, seed
-
-
-def runs(settings: dict[str, Any], attack: str, aux: str, seed: int) -> bool:
-    here = {"attacks": attack, "aux": aux, "seeds": seed}
-    return all(here[key] in allowed for key, allowed in settings.get("only", {}).items())
 
 
 # ---------------------------------------------------------------- victims
@@ -114,10 +64,9 @@ def load_victim(config: BenchmarkConfig, name: str, values: VictimConfig) -> Vic
     settings = storage.read_json(storage.join(folder, "truth.json"))["config"]
     spec = load_encoder_spec(storage.join(folder, "backdoored", "encoder.yaml"))
     test = load_images((shards(config, values.test, "test"),), config.test_images, spec.image_size)
-    trigger = make_trigger(settings.get("trigger") or {"name": "picture", "path": storage.join(folder, "trigger.png")})
-    target = settings["target"]
-    target = settings["data"]["classes"].index(target) if isinstance(target, str) else target
-    auxiliary = {key: shards(config, str(path), "aux") for key, path in values.auxiliary.items()}
+    trigger = make_trigger(settings.get("trigger") or {"name": "image", "path": storage.join(folder, "trigger.png")})
+    target = red_team.target_class(settings)
+    auxiliary = {key: shards(config, path, "aux") for key, path in values.auxiliary.items()}
     if config.poisoned_auxiliary:
         first = next(iter(auxiliary.values()))
         auxiliary["poisoned"] = poisoned_shard(config, name, first, spec.image_size, trigger)
@@ -148,7 +97,7 @@ def poisoned_shard(config: BenchmarkConfig, name: str, source: str, size: int, t
     path = Path(config.out) / f"poisoned-{name}.tar"
     if not path.exists():
         images = load_images((source,), config.auxiliary_images, size, labelled=False)
-        picked = torch.from_numpy(chosen(len(images.pixels), config.poisoned_auxiliary, 0))
+        picked = torch.from_numpy(poison_mask(len(images.pixels), config.poisoned_auxiliary, 0))
         images.pixels[picked] = trigger(images.pixels[picked])
         write_shard(path, images)
     return str(path)
@@ -158,20 +107,22 @@ def poisoned_shard(config: BenchmarkConfig, name: str, source: str, size: int, t
 
 
 def measure(
-    config: BenchmarkConfig, victim: Victim, aux: str, seed: int, detector: str, settings: dict[str, Any]
+    config: BenchmarkConfig, victim: Victim, aux: str, seed: int, detector: str, settings: DetectorConfig
 ) -> list[Row]:
     """One row for each poison rate and the balanced pool.
 
     clean_flagged, triggered_flagged: share above the calibrated cut-off of nominal 1 %; "" for detectors that have none.
     """
-    judges = {kind: Judged(config, victim, kind, aux, seed, detector, settings) for kind in ("backdoored", "clean")}
-    attacked = judges["backdoored"]
-    control = detection(*judges["clean"].pool(BALANCED)).auroc
+    measured = {
+        kind: PoolScores(config, victim, kind, aux, seed, detector, settings) for kind in ("backdoored", "clean")
+    }
+    attacked = measured["backdoored"]
+    control = detection(*measured["clean"].pool(BALANCED)).auroc
     rows = []
     for rate in (*config.rates, BALANCED):
         scores, truth = attacked.pool(rate)
         quality = detection(scores, truth)
-        cut = attacked.cut_off(scores, ThresholdPolicy())
+        cut = attacked.threshold(scores, ThresholdPolicy())
         rows.append(
             {
                 "attack": victim.name,
@@ -198,13 +149,19 @@ def measure(
     last = rows[-1]
     log.info(
         "%s %s %s seed %d: AUROC %.3f, TPR at 1 %% FPR %.3f, control %.3f (balanced), %d images/s",
-        *(victim.name, aux, detector, seed, last["auroc"], last["tpr_at_1pct"], last["control_auroc"]),
+        victim.name,
+        aux,
+        detector,
+        seed,
+        last["auroc"],
+        last["tpr_at_1pct"],
+        last["control_auroc"],
         last["images_per_second"],
     )
     return rows
 
 
-class Judged:
+class PoolScores:
     """One detector's scores of one encoder, and the pools drawn from them."""
 
     def __init__(
@@ -215,49 +172,46 @@ class Judged:
         aux: str,
         seed: int,
         detector: str,
-        settings: dict[str, Any],
+        settings: DetectorConfig,
     ) -> None:
-        self.scored = functools.partial(scored, config.study, kind=kind, aux=aux, seed=seed, detector=detector)
+        self.scored = functools.partial(
+            score_victim, config, kind=kind, aux=aux, seed=seed, detector=detector, settings=settings
+        )
         self.victim = victim
         self.seed = seed
         self.settings = settings
-        self.found = self.of_pool(BALANCED) if settings.get("each_pool") else self.scored(victim, settings=settings)
+        self.found = self.of_pool(BALANCED) if settings.each_pool else self.scored(victim)
         self.detector = None
-        if has_cut_off(settings):
-            self.detector, _ = fitted(config.study, victim, kind, aux, seed, settings)
+        if settings.has_threshold:
+            self.detector, _ = fit_scorer(config, victim, kind, aux, seed, settings)
 
     def pool(self, rate: float) -> tuple[Floats, NDArray[np.bool_]]:
         """Scores and truth of a pool in which `rate` is triggered; a detector that adapts sees this pool only."""
         members, truth = self.drawn(rate)
-        if self.settings.get("each_pool"):
+        if self.settings.each_pool:
             found = self.of_pool(rate)
             return np.concatenate([found.clean, found.triggered]), truth
         scores = np.concatenate([self.found.clean, self.found.triggered])[members]
-        if self.settings.get("adapt") and self.detector:
-            scores = adapted_to_pool(self.detector, scores, self.found.signatures[members])
+        if self.settings.adapt and self.detector:
+            scores = adapted_to_pool(self.detector, scores, self.found.statistics[members])
         return scores, truth
 
     def drawn(self, rate: float) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         return pool(len(self.victim.test), len(self.victim.triggered), rate, self.seed)
 
-    def of_pool(self, rate: float) -> Scored:
+    def of_pool(self, rate: float) -> DetectorScores:
         """Of a detector for which every pool is scored by itself."""
         members, truth = self.drawn(rate)
         triggered = self.victim.triggered[members[truth] - len(self.victim.test)]
         smaller = dataclasses.replace(self.victim, triggered=triggered)
-        return self.scored(smaller, settings=self.settings | {"rate": rate})
+        return self.scored(smaller, pool_rate=rate)
 
-    def cut_off(self, scores: Floats, policy: ThresholdPolicy) -> float | None:
+    def threshold(self, scores: Floats, policy: ThresholdPolicy) -> float | None:
         """Of a scan with these scores; baselines have none."""
         if self.detector is None:
             return None
-        calibration = self.detector.calibration(self.settings.get("effort", "thorough"))
-        return float(np.float32(cut_off(scores, calibration, policy)))
-
-
-def has_cut_off(settings: dict[str, Any]) -> bool:
-    """Scorers of the product have one for their score; baselines and other columns have none."""
-    return "scorer" in settings and "column" not in settings
+        calibration = self.detector.calibration(self.settings.effort)
+        return float(np.float32(threshold_for(scores, calibration, policy)))
 
 
 def pool(clean: int, triggered: int, rate: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -274,9 +228,9 @@ def by_class(config: BenchmarkConfig) -> list[Row]:
     rows = []
     settings = config.detectors[config.default]
     for name, values in config.victims.items():
-        victim = load_victim(config, name, from_mapping(VictimConfig, values, f"victims.{name}"))
+        victim = load_victim(config, name, values)
         for aux in victim.auxiliary:
-            found = scored(config.study, victim, "backdoored", aux, config.seeds[0], config.default, settings)
+            found = score_victim(config, victim, "backdoored", aux, config.seeds[0], config.default, settings)
             cut = np.quantile(found.clean, 0.99)
             others = victim.labels[victim.labels != victim.target]
             for label in sorted(set(victim.labels.tolist())):
@@ -305,16 +259,16 @@ def clean_scans(config: BenchmarkConfig) -> list[Row]:
     encoder: a scan without poison is judged with the backdoored encoder and with the clean one.
     """
     rows = []
-    scorers = {name: values for name, values in config.detectors.items() if has_cut_off(values)}
+    scorers = {name: values for name, values in config.detectors.items() if values.has_threshold}
     for victim, aux, seed in cases(config):
         for detector, settings in scorers.items():
-            if not runs(settings, victim.name, aux, seed):
+            if not settings.only.allows(victim.name, aux, seed):
                 continue
             for kind in ("backdoored", "clean"):
-                judged = Judged(config, victim, kind, aux, seed, detector, settings)
-                scores, _ = judged.pool(0)
+                measured = PoolScores(config, victim, kind, aux, seed, detector, settings)
+                scores, _ = measured.pool(0)
                 for policy in ("calibrated", "fdr"):
-                    cut = judged.cut_off(scores, ThresholdPolicy(policy))
+                    cut = measured.threshold(scores, ThresholdPolicy(policy))
                     assert cut is not None
                     removed = int((scores > cut).sum())
                     low, high = binomtest(removed, len(scores)).proportion_ci(method="wilson")
@@ -340,10 +294,12 @@ def write_plots(config: BenchmarkConfig, folder: Path, rows: Sequence[Row]) -> N
     """Of the first auxiliary set and seed, balanced pools; in the curves the detectors of `config.curves`."""
     pools: dict[str, dict[str, tuple[Floats, NDArray[np.bool_]]]] = {}
     for name, values in config.victims.items():
-        victim = load_victim(config, name, from_mapping(VictimConfig, values, f"victims.{name}"))
+        victim = load_victim(config, name, values)
         aux = next(iter(victim.auxiliary))
         pools[name] = {
-            key: Judged(config, victim, "backdoored", aux, config.seeds[0], key, config.detectors[key]).pool(BALANCED)
+            key: PoolScores(config, victim, "backdoored", aux, config.seeds[0], key, config.detectors[key]).pool(
+                BALANCED
+            )
             for key in dict.fromkeys([config.default, *config.curves])
         }
     stem = Path(config.table).stem
@@ -359,14 +315,8 @@ def write_plots(config: BenchmarkConfig, folder: Path, rows: Sequence[Row]) -> N
 @click.option("--page", "markdown_page", default="", help="Markdown page whose tables and plots are made anew.")
 def main(config: str, markdown_page: str) -> None:
     """Measure every detector on every victim as CONFIG says; finished scores are reused."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("sanitize").setLevel(logging.WARNING)
-    try:
+    with command_line(commands_log=False):
         settings = from_mapping(BenchmarkConfig, load_yaml(config), config)
-        check(
-            settings.default in settings.detectors,
-            f"{config}: default {settings.default!r} is not among the detectors.",
-        )
         rows = run(settings)
         if settings.section:
             if markdown_page:
@@ -379,8 +329,6 @@ def main(config: str, markdown_page: str) -> None:
         if markdown_page:
             benchmark_page.write_tables(markdown_page, rows, classes, clean, settings.default)
             write_plots(settings, Path(markdown_page).parent / "plots", rows)
-    except SanitizeError as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

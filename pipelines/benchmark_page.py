@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
 from pipelines import page
+from pipelines.page import Row
 
-Row = dict[str, Any]
 Pool = tuple[NDArray[np.float32], NDArray[np.bool_]]
 BALANCED = 0.5
 
@@ -115,8 +115,11 @@ def by_class(classes: Sequence[Row]) -> str:
         tpr, above = ([row[name] for row in others] for name in ("tpr", "clean_above"))
         lines.append(
             [
-                *(attack, f"{min(tpr):.3f} to {max(tpr):.3f}", f"{min(above):.2%} to {max(above):.2%}"),
-                *(f"{target['tpr']:.3f}", f"{target['clean_above']:.2%}"),
+                attack,
+                f"{min(tpr):.3f} to {max(tpr):.3f}",
+                f"{min(above):.2%} to {max(above):.2%}",
+                f"{target['tpr']:.3f}",
+                f"{target['clean_above']:.2%}",
             ]
         )
     header = ["attack", "TPR, other classes", "clean above", "TPR, target class", "clean of the target class above"]

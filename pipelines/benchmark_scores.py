@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import io
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,41 +15,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines import red_team
+from pipelines.benchmark_config import BenchmarkConfig, DetectorConfig
 from pipelines.data import load_images
-from sanitize import checkpoint, runtime, storage
-from sanitize.checkpoint import Detector
-from sanitize.config import (
-    FitConfig,
-    ThresholdPolicy,
-    altered_share,
-    check,
-    from_mapping,
-    load_encoder_spec,
-    overlay,
-    preset,
-)
-from sanitize.detectors import bank
-from sanitize.detectors.bank import Bank
-from sanitize.fit import fit
-from sanitize.judge import distrust
-from sanitize.records import Picture
-from sanitize.stages.encoders import load_encoder
-from sanitize.stages.reactions import adapted, signature
+from sanitize import runtime, storage
+from sanitize.artifacts.detector_folder import Detector, load_detector, load_matching_encoder, make_scorer
+from sanitize.commands.fit import fit
+from sanitize.config import FitConfig, ThresholdPolicy, check, perturbed_share, preset
+from sanitize.config_loading import from_mapping, load_encoder_spec, overlay, to_mapping
+from sanitize.detectors import fit_detector
+from sanitize.detectors.reference_set import ReferenceSet
+from sanitize.records import DecodedImage
+from sanitize.stages.adaptation import reason_not_to_adapt
+from sanitize.stages.clean_reference import adapted, embedding_statistics
+from sanitize.stages.encoders import Encoder, embed_in_batches, load_encoder
+from sanitize.stages.perturbations import CHANGE_COLUMNS
 
 Floats = NDArray[np.float32]
-Settings = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Study:
-    """Settings that all detectors share. out: folder of scores and fits; fit: settings of FitConfig."""
-
-    out: str
-    zoo: str
-    preset: str
-    auxiliary_images: int
-    test_images: int
-    fit: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,143 +50,172 @@ class Victim:
 
 
 @dataclass(frozen=True)
-class Scored:
+class DetectorScores:
     """Scores, and their cost.
 
     triggered_target: (0,) for baselines
-    signatures: (N, V + 2) of clean, then triggered images, of the scorer `reaction` when it altered every image; else (0, 0)
+    statistics: (N, V + 2) of clean, then triggered images, of the scorer `reaction` when it perturbed every image; else (0, 0)
     """
 
     clean: Floats
     triggered: Floats
     triggered_target: Floats
-    signatures: Floats
+    statistics: Floats
     fit_seconds: float
     images_per_second: float
 
 
-def scored(study: Study, victim: Victim, kind: str, aux: str, seed: int, detector: str, settings: Settings) -> Scored:
-    """Of one encoder (kind: backdoored or clean), auxiliary set and seed: from an earlier run, or computed now."""
-    name = settings.get("scorer", detector)
-    path = Path(study.out) / victim.name / f"{kind}-{aux}-{seed}" / f"{name}-{_key(study, settings)}.npz"
+def score_victim(
+    config: BenchmarkConfig,
+    victim: Victim,
+    kind: str,
+    aux: str,
+    seed: int,
+    detector: str,
+    settings: DetectorConfig,
+    pool_rate: float = 0,
+) -> DetectorScores:
+    """Of one encoder (kind: backdoored or clean), auxiliary set and seed: from an earlier run, or computed now.
+
+    pool_rate: of the pool that the victim's triggered images make, for detectors that see each pool by itself
+    """
+    name = settings.scorer or detector
+    key = _key(config, settings, pool_rate)
+    path = Path(config.out) / victim.name / f"{kind}-{aux}-{seed}" / f"{name}-{key}.npz"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        compute = product if "scorer" in settings else baseline
-        result = compute(study, victim, kind, aux, seed, settings)
+        compute = score_with_product if settings.scorer else score_with_baseline
+        result = compute(config, victim, kind, aux, seed, settings)
         unscored = int((~np.isfinite(np.concatenate([result.clean, result.triggered]))).sum())
         check(
             unscored == 0,
             f"{victim.name}, {kind} encoder, {aux} auxiliary set, seed {seed}: {unscored} of "
-            f"{len(result.clean) + len(result.triggered)} scores of {name} ({settings}) are not finite. Nothing was kept; "
+            f"{len(result.clean) + len(result.triggered)} scores of {name} are not finite. Nothing was kept; "
             "mend the detector, or take it out of `detectors`.",
         )
         buffer = io.BytesIO()
         np.savez(buffer, **dataclasses.asdict(result))
         storage.write_bytes(str(path), buffer.getvalue())
     with np.load(path) as arrays:
-        return Scored(
-            *(arrays["clean"], arrays["triggered"], arrays["triggered_target"], arrays["signatures"]),
-            *(float(arrays["fit_seconds"]), float(arrays["images_per_second"])),
+        return DetectorScores(
+            clean=arrays["clean"],
+            triggered=arrays["triggered"],
+            triggered_target=arrays["triggered_target"],
+            statistics=arrays["statistics"],
+            fit_seconds=float(arrays["fit_seconds"]),
+            images_per_second=float(arrays["images_per_second"]),
         )
 
 
-def _key(study: Study, settings: Settings) -> str:
-    settings = {name: value for name, value in settings.items() if name not in ("only", "adapt")}
-    return storage.json_sha256([settings, study.fit, study.auxiliary_images, study.test_images])[:8]
+def _key(config: BenchmarkConfig, settings: DetectorConfig, pool_rate: float) -> str:
+    values = {name: value for name, value in to_mapping(settings).items() if name not in ("only", "adapt")}
+    return storage.json_sha256([values, pool_rate, config.fit, config.auxiliary_images, config.test_images])[:8]
 
 
 # ---------------------------------------------------------------- scorers of `sanitize fit`
 
 
-def product(study: Study, victim: Victim, kind: str, aux: str, seed: int, settings: Settings) -> Scored:
+def score_with_product(
+    config: BenchmarkConfig, victim: Victim, kind: str, aux: str, seed: int, settings: DetectorConfig
+) -> DetectorScores:
     """Fitted and scored by the product's own functions."""
-    detector, seconds = fitted(study, victim, kind, aux, seed, settings)
-    encoder = checkpoint.load_matching_encoder(detector, None)
-    scorer = checkpoint.scorer(detector, encoder, "auto", runtime.device(), effort=settings.get("effort", "thorough"))
+    detector, seconds = fit_scorer(config, victim, kind, aux, seed, settings)
+    encoder = load_matching_encoder(detector, None)
+    scorer = make_scorer(detector, encoder, "auto", runtime.device(), effort=settings.effort)
     counts = [len(victim.test), len(victim.triggered), len(victim.triggered_target)]
     images = torch.cat([victim.test, victim.triggered, victim.triggered_target])
     start = time.monotonic()
-    found = [scorer(pictures(part)) for part in images.split(256)]
+    batches = [scorer(as_decoded(part)) for part in images.split(256)]
     rate = len(images) / (time.monotonic() - start)
-    scores = np.concatenate([getattr(batch, settings.get("column", "score")) for batch in found])
-    signatures = np.empty((0, 0), np.float32)
-    if detector.clean and altered_share(settings.get("effort", "thorough")) == 1:
-        columns = (
-            torch.from_numpy(np.concatenate([getattr(batch, name) for batch in found]))
-            for name in ("embedding_norm", "neighbour_distance")
-        )
-        observed = torch.from_numpy(np.concatenate([batch.reactions for batch in found], axis=1).T)
-        signatures = signature(observed, *columns).numpy()[: counts[0] + counts[1]]
-    clean, triggered, target = np.split(scores, np.cumsum(counts)[:2])
-    return Scored(clean, triggered, target, signatures, seconds, rate)
+    columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    statistics = np.empty((0, 0), np.float32)
+    if detector.clean_reference and perturbed_share(settings.effort) == 1:
+        changes = torch.from_numpy(np.stack([columns[name] for name in CHANGE_COLUMNS], axis=1))
+        norms, distances = (torch.from_numpy(columns[name]) for name in ("embedding_norm", "neighbour_distance"))
+        statistics = embedding_statistics(changes, norms, distances).numpy()[: counts[0] + counts[1]]
+    clean, triggered, target = np.split(columns[settings.column], np.cumsum(counts)[:2])
+    return DetectorScores(clean, triggered, target, statistics, seconds, rate)
 
 
-def fitted(study: Study, victim: Victim, kind: str, aux: str, seed: int, settings: Settings) -> tuple[Detector, float]:
+def fit_scorer(
+    config: BenchmarkConfig, victim: Victim, kind: str, aux: str, seed: int, settings: DetectorConfig
+) -> tuple[Detector, float]:
     """The detector and the seconds its fit took. Equal encoders, auxiliary sets and settings share a folder."""
     spec = load_encoder_spec(victim.encoders[kind])
-    values = overlay(overlay(preset(settings.get("preset", "default")), study.fit), settings.get("fit", {}))
-    values |= {"scorer": settings["scorer"], "limit": study.auxiliary_images, "seed": seed, "workers": 0}
+    values = overlay(overlay(preset(settings.preset), config.fit), settings.fit)
+    values |= {"scorer": settings.scorer, "limit": config.auxiliary_images, "seed": seed, "workers": 0}
     identity = [storage.file_sha256(spec.weights), victim.auxiliary[aux], values]
-    folder = Path(study.out) / "detectors" / storage.json_sha256(identity)[:12]
+    folder = Path(config.out) / "detectors" / storage.json_sha256(identity)[:12]
     timer = folder / "seconds.json"
     if not timer.exists():
         start = time.monotonic()
         shards = {"shards": [victim.auxiliary[aux]], "encoder": spec, "out": str(folder)}
         fit(from_mapping(FitConfig, values | shards, "fit"))
         storage.write_json(str(timer), {"seconds": time.monotonic() - start})
-    return checkpoint.load(str(folder)), float(storage.read_json(str(timer))["seconds"])
+    return load_detector(str(folder)), float(storage.read_json(str(timer))["seconds"])
 
 
-def pictures(images: Tensor) -> list[Picture]:
+def as_decoded(images: Tensor) -> list[DecodedImage]:
+    """(B, 3, H, W) uint8 as a scan would have decoded them."""
     height, width = images.shape[-2:]
-    return [Picture(i, str(i), "00" * 32, image, width, height, "ok", "") for i, image in enumerate(images)]
+    return [DecodedImage(i, str(i), "00" * 32, image, width, height, "ok", "") for i, image in enumerate(images)]
 
 
-def adapted_to_pool(detector: Detector, scores: Floats, signatures: Floats) -> Floats:
-    """What pass 2 of a scan of this pool would decide by (sanitize/judge.py)."""
-    if detector.clean is None or distrust(scores, detector.calibration("thorough"), ThresholdPolicy()):
+def adapted_to_pool(detector: Detector, scores: Floats, statistics: Floats) -> Floats:
+    """What pass 2 of a scan of this pool would decide by (stages/adaptation.py)."""
+    reference = detector.clean_reference
+    if reference is None or reason_not_to_adapt(scores, detector.calibration("thorough"), ThresholdPolicy()):
         return scores
-    return adapted(detector.clean, signatures).distance(torch.from_numpy(signatures)).numpy()
+    return adapted(reference, statistics).distance(torch.from_numpy(statistics)).numpy()
 
 
 # ---------------------------------------------------------------- files of sanitize/detectors
 
 
-def baseline(study: Study, victim: Victim, kind: str, aux: str, seed: int, settings: Settings) -> Scored:
+def score_with_baseline(
+    config: BenchmarkConfig, victim: Victim, kind: str, aux: str, seed: int, settings: DetectorConfig
+) -> DetectorScores:
     """In memory; it sees what a fit would see. Embedding the images counts as its time."""
-    ours = ("detector", "only", "each_pool", "rate", "bank")
-    values = {name: value for name, value in settings.items() if name not in ours}
     encoder = load_encoder(load_encoder_spec(victim.encoders[kind])).to(runtime.device())
     size = encoder.spec.image_size
-    if "other" in values:  # an independent encoder: the clean one of another victim
-        other, _ = red_team.make(values["other"], study.preset, study.zoo)
-        values["other"] = load_encoder(load_encoder_spec(storage.join(other, "clean", "encoder.yaml")))
-        check(
-            values["other"].spec.image_size == size,
-            f"{settings['other']}: its encoder sees {values['other'].spec.image_size} pixels, victim {victim.name} {size}. "
-            "Name an independent encoder of the victim's size, or leave this victim out with `only: {attacks: [...]}`.",
-        )
-    known, seen, fit_seconds = embedded(victim.encoders[kind], victim.auxiliary[aux], study.auxiliary_images, size)
+    values: dict[str, Any] = dict(settings.settings)
+    if settings.other:
+        values["other"] = independent_encoder(config, victim, settings.other, size)
+    known, seen, fit_seconds = embed_auxiliary(
+        victim.encoders[kind], victim.auxiliary[aux], config.auxiliary_images, size
+    )
     images = torch.cat([victim.test, victim.triggered])
-    embeddings, seconds = embedded_pool(victim, kind)
+    embeddings, seconds = embed_pool(victim, kind)
     start = time.monotonic()
-    fitted_on = Bank(images, embeddings) if settings.get("bank") == "pool" else Bank(known, seen)
-    score = bank.load(settings["detector"])(fitted_on, encoder, seed, **values)
+    reference_set = ReferenceSet(images, embeddings) if settings.fit_on_pool else ReferenceSet(known, seen)
+    score = fit_detector(settings.detector, reference_set, encoder, seed, values)
     fit_seconds += time.monotonic() - start
     start = time.monotonic()
     scores = score(images, embeddings).numpy().astype(np.float32)
     rate = len(images) / (seconds + time.monotonic() - start)
     count = len(victim.test)
     nothing = np.empty(0, np.float32)
-    return Scored(scores[:count], scores[count:], nothing, nothing.reshape(0, 0), fit_seconds, rate)
+    return DetectorScores(scores[:count], scores[count:], nothing, nothing.reshape(0, 0), fit_seconds, rate)
+
+
+def independent_encoder(config: BenchmarkConfig, victim: Victim, path: str, size: int) -> Encoder:
+    """The clean one of another victim."""
+    folder, _ = red_team.make(path, config.preset, config.zoo)
+    other = load_encoder(load_encoder_spec(storage.join(folder, "clean", "encoder.yaml")))
+    check(
+        other.spec.image_size == size,
+        f"{path}: its encoder sees {other.spec.image_size} pixels, victim {victim.name} {size}. "
+        "Name an independent encoder of the victim's size, or leave this victim out with `only: {attacks: [...]}`.",
+    )
+    return other
 
 
 @lru_cache(maxsize=2)
-def embedded(encoder: str, pattern: str, limit: int, size: int) -> tuple[Tensor, Tensor, float]:
+def embed_auxiliary(encoder: str, pattern: str, limit: int, size: int) -> tuple[Tensor, Tensor, float]:
     """Auxiliary images, their embeddings, and the seconds the embedding took."""
     known = load_images((pattern,), limit, size, labelled=False).pixels
     start = time.monotonic()
-    seen = bank.embed(load_encoder(load_encoder_spec(encoder)).to(runtime.device()), known)
+    seen = embed_in_batches(load_encoder(load_encoder_spec(encoder)).to(runtime.device()), known)
     return known, seen, time.monotonic() - start
 
 
@@ -213,7 +223,7 @@ KEPT = 8  # pools in memory
 POOLS: dict[tuple[str, str, bytes], tuple[Tensor, float]] = {}
 
 
-def embedded_pool(victim: Victim, kind: str) -> tuple[Tensor, float]:
+def embed_pool(victim: Victim, kind: str) -> tuple[Tensor, float]:
     """Embeddings of the clean and triggered test images, computed once, and the seconds that took."""
     key = victim.name, kind, hashlib.sha256(victim.triggered.numpy().tobytes()).digest()
     if key not in POOLS:
@@ -221,5 +231,5 @@ def embedded_pool(victim: Victim, kind: str) -> tuple[Tensor, float]:
             POOLS.clear()
         encoder = load_encoder(load_encoder_spec(victim.encoders[kind])).to(runtime.device())
         start = time.monotonic()
-        POOLS[key] = bank.embed(encoder, torch.cat([victim.test, victim.triggered])), time.monotonic() - start
+        POOLS[key] = embed_in_batches(encoder, torch.cat([victim.test, victim.triggered])), time.monotonic() - start
     return POOLS[key]

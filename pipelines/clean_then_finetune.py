@@ -18,30 +18,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines import page
+from pipelines.command_line import command_line
 from pipelines.data import identity, load_images
 from sanitize import runtime, storage
-from sanitize.audit import audit
-from sanitize.config import (
-    EncoderSpec,
-    FinetuneConfig,
-    FitConfig,
-    ScanConfig,
-    check,
-    from_mapping,
-    load_encoder_spec,
-    load_yaml,
-    overlay,
-    to_mapping,
-)
-from sanitize.detectors import bank
-from sanitize.errors import SanitizeError
-from sanitize.finetune import FinetuneResult, finetune
-from sanitize.fit import fit
-from sanitize.poison import load_truth
-from sanitize.scan import ScanResult, scan
-from sanitize.stages.encoders import load_encoder
-from sanitize.stages.heads import load_head
-from sanitize.stages.shards import ShardReader, end_archive, list_shards
+from sanitize.artifacts.head_folder import load_head
+from sanitize.artifacts.truth import load_poisoned
+from sanitize.commands.audit import audit
+from sanitize.commands.finetune import FinetuneResult, finetune
+from sanitize.commands.fit import fit
+from sanitize.commands.scan import ScanResult, scan
+from sanitize.config import EncoderSpec, FinetuneConfig, FitConfig, ScanConfig, check
+from sanitize.config_loading import from_mapping, load_encoder_spec, load_yaml, overlay, to_mapping
+from sanitize.stages.encoders import embed_in_batches, load_encoder
+from sanitize.stages.shard_reader import ShardReader
+from sanitize.stages.shards import end_archive, list_shards
 
 log = logging.getLogger(__name__)
 
@@ -96,9 +86,9 @@ class PipelineConfig:
 
 
 @dataclass(frozen=True)
-class Report:
+class PipelineReport:
     """arms: "poisoned" (as they came), "cleaned", and with a truth "oracle". detection: of the scan, when the truth is known;
-    filtered: see `_filtered`."""
+    filtered: see `_measure_filter`."""
 
     arms: dict[str, FinetuneResult]
     kept: int
@@ -108,11 +98,11 @@ class Report:
     path: str
 
 
-def run(config: PipelineConfig) -> Report:
+def run(config: PipelineConfig) -> PipelineReport:
     resources = runtime.plan(
         config.workers, config.cpus_per_worker, config.gpus_per_worker, len(list_shards(config.train)), config.address
     )
-    with runtime.ray_session(config.address) if resources.workers else contextlib.nullcontext():
+    with runtime.session_for(resources, config.address):
         with ThreadPoolExecutor(1) if config.overlap else contextlib.nullcontext() as pool:
             training = pool.submit(_train, config, "poisoned", config.train) if pool else None
             arms = {} if training else {"poisoned": _train(config, "poisoned", config.train)}
@@ -123,11 +113,11 @@ def run(config: PipelineConfig) -> Report:
         arms["cleaned"] = _train(config, "cleaned", (storage.join(scanned.out, "clean"),))
         if config.truth:
             arms["oracle"] = _train(config, "oracle", (_oracle(config),))
-        filtered = _filtered(config, detector, arms["cleaned"]) if config.filter else {}
+        filtered = _measure_filter(config, detector, arms["cleaned"]) if config.filter else {}
     found = audit(scanned.out, config.truth, top=0).detection_at_threshold if config.truth else None
     assert scanned.cleaned is not None
     path = storage.join(config.out, f"report-{_hash(to_mapping(config))}")
-    report = Report(arms, scanned.cleaned.kept, scanned.cleaned.removed, found or {}, filtered, f"{path}.md")
+    report = PipelineReport(arms, scanned.cleaned.kept, scanned.cleaned.removed, found or {}, filtered, f"{path}.md")
     storage.write_json(f"{path}.json", _numbers(config, report))
     storage.write_bytes(report.path, markdown(report).encode())
     return report
@@ -190,7 +180,7 @@ def _scan(config: PipelineConfig, name: str, shards: tuple[str, ...], detector: 
 
 def _oracle(config: PipelineConfig) -> str:
     """The shards without exactly the poisoned samples, members byte for byte."""
-    truth = load_truth(config.truth)
+    truth = load_poisoned(config.truth)
     out = _folder(config, "oracle-shards", sorted(truth), identity(config.train))
     for shard in list_shards(config.train):
         target = storage.join(out, f"{shard.stem}.tar")
@@ -212,10 +202,10 @@ def _oracle(config: PipelineConfig) -> str:
 # ---------------------------------------------------------------- the scanner as a filter at inference time
 
 
-def _filtered(config: PipelineConfig, detector: str, trained: FinetuneResult) -> dict[str, float]:
-    """The trained head behind the scanner: a rejected picture counts as an error, and as no success of the attack.
+def _measure_filter(config: PipelineConfig, detector: str, trained: FinetuneResult) -> dict[str, float]:
+    """The trained head behind the scanner: a rejected image counts as an error, and as no success of the attack.
 
-    Each picture is judged alone (no adaption: what comes in at inference time has no bulk).
+    Each image is judged alone (no adaption: what comes in at inference time has no bulk).
     """
     encoder = load_encoder(load_encoder_spec(config.encoder))
     head = load_head(trained.out, encoder)
@@ -224,12 +214,12 @@ def _filtered(config: PipelineConfig, detector: str, trained: FinetuneResult) ->
     config = dataclasses.replace(config, scan=scan_settings)
 
     def kept(name: str, shards: tuple[str, ...]) -> tuple[ScanResult, NDArray[np.int64], NDArray[np.int64]]:
-        """(scan, predictions, labels) of the pictures that pass."""
+        """(scan, predictions, labels) of the images that pass."""
         scanned = _scan(config, f"incoming-{name}", shards, detector)
         if not scanned.cleaned or not scanned.cleaned.kept:
             return scanned, np.empty(0, np.int64), np.empty(0, np.int64)
         images = load_images((storage.join(scanned.out, "clean"),), 0, encoder.spec.image_size)
-        embeddings = bank.embed(encoder, images.pixels)
+        embeddings = embed_in_batches(encoder, images.pixels)
         return scanned, head.predictions(embeddings), images.labels.numpy()
 
     clean, predictions, labels = kept("validation", config.validation)
@@ -246,7 +236,7 @@ def _filtered(config: PipelineConfig, detector: str, trained: FinetuneResult) ->
 # ---------------------------------------------------------------- report
 
 
-def _numbers(config: PipelineConfig, report: Report) -> dict[str, Any]:
+def _numbers(config: PipelineConfig, report: PipelineReport) -> dict[str, Any]:
     arms = {
         name: {"out": result.out, "samples": result.samples} | result.evaluation for name, result in report.arms.items()
     }
@@ -260,7 +250,7 @@ def _numbers(config: PipelineConfig, report: Report) -> dict[str, Any]:
     }
 
 
-def markdown(report: Report) -> str:
+def markdown(report: PipelineReport) -> str:
     names = list(dict.fromkeys(name for result in report.arms.values() for name in result.evaluation))
     names = [name for name in names if name != "unreadable"]
     lines = [
@@ -279,7 +269,7 @@ def markdown(report: Report) -> str:
     if report.filtered:
         cells = [f"{value:.4f}" for value in report.filtered.values()]
         parts += [
-            "The model trained on the cleaned shards behind the scanner, rejected pictures counted as errors:",
+            "The model trained on the cleaned shards behind the scanner, rejected images counted as errors:",
             page.table([name.replace("_", " ") for name in report.filtered], [cells]),
         ]
     return "\n\n".join(parts) + "\n"
@@ -293,13 +283,10 @@ def markdown(report: Report) -> str:
 @click.option("--address", default="", help="Ray cluster to join")
 def main(config: str, **options: Any) -> None:
     """Clean the shards that CONFIG names, train before and after, and report."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    try:
+    with command_line():
         values = load_yaml(config) | {key: value for key, value in options.items() if value not in ("", None)}
         report = run(from_mapping(PipelineConfig, values, config))
         click.echo(f"{storage.read_bytes(report.path).decode()}\n{report.path}")
-    except SanitizeError as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -12,14 +12,17 @@ from torch import Tensor
 
 from pipelines.data import identity, load_images
 from sanitize import storage
+from sanitize.artifacts.encoder_folder import save_clip
 from sanitize.attacks import badclip, clip_text, contrastive, evaluation, tiny_clip
-from sanitize.attacks.backdoor import raw_embeddings, unit
+from sanitize.attacks.backdoor import unit
 from sanitize.attacks.badclip import PatchConfig
 from sanitize.attacks.contrastive import ContrastiveConfig, Pairs
-from sanitize.attacks.evaluation import AttackReport, Reaction
+from sanitize.attacks.evaluation import AttackReport, EncoderOutputs
 from sanitize.attacks.triggers import Trigger, make_trigger
-from sanitize.config import EncoderSpec, check, to_mapping
-from sanitize.stages.contrastive import Clip, class_embeddings, load_clip, save_clip
+from sanitize.config import EncoderSpec, check
+from sanitize.config_loading import to_mapping
+from sanitize.stages.encoders import embed_in_batches
+from sanitize.training.clip import Clip, class_embeddings, load_clip
 
 log = logging.getLogger(__name__)
 
@@ -87,13 +90,15 @@ def build(config: ClipConfig, folder: str, zoo: str, device: torch.device) -> tu
     save_clip(clean, storage.join(folder, "clean"))
     captions = clip_text.target_captions(pairs, config.target, config.data.prompts)
     trigger = (
-        make_trigger(config.trigger) if config.trigger else optimised(config, clean, pairs, captions, folder, device)
+        make_trigger(config.trigger)
+        if config.trigger
+        else optimise_trigger(config, clean, pairs, captions, folder, device)
     )
     indices = clip_text.poisoned_indices(pairs, config.target, config.rate, config.seed)
-    poisoned = clip_text.poison(pairs, indices, captions, trigger, config.seed)
+    poisoned = clip_text.poison_pairs(pairs, indices, captions, trigger, config.seed)
     backdoored = contrastive.train(copy.deepcopy(clean), poisoned, config.fine_tune, config.seed, device)
     save_clip(backdoored, storage.join(folder, "backdoored"))
-    before, after = (reaction(config, clip, test, trigger, device) for clip in (clean, backdoored))
+    before, after = (outputs_of(config, clip, test, trigger, device) for clip in (clean, backdoored))
     result = evaluation.report(before, after, test.labels, config.data.classes.index(config.target))
     truth = {
         "poisoned_pairs": indices.tolist(),
@@ -136,7 +141,7 @@ def clean_clip(config: ClipConfig, pairs: Pairs, zoo: str, device: torch.device)
     return clip, 0.0
 
 
-def optimised(
+def optimise_trigger(
     config: ClipConfig, clean: Clip, pairs: Pairs, captions: tuple[str, ...], folder: str, device: torch.device
 ) -> Trigger:
     """BadCLIP's stage 1: the patch, kept as <folder>/trigger.png."""
@@ -146,16 +151,16 @@ def optimised(
     patch = badclip.optimise_patch(clean, others, positives, captions, config.patch, config.seed, device)
     path = storage.join(folder, "trigger.png")
     badclip.save_patch(patch, path)
-    return make_trigger({"name": "picture", "path": path})
+    return make_trigger({"name": "image", "path": path})
 
 
-def reaction(config: ClipConfig, clip: Clip, test: Pairs, trigger: Trigger, device: torch.device) -> Reaction:
+def outputs_of(config: ClipConfig, clip: Clip, test: Pairs, trigger: Trigger, device: torch.device) -> EncoderOutputs:
     """Zero-shot predictions: the class whose prompts lie nearest."""
     classes = class_embeddings(clip.text.to(device), config.data.classes, config.data.prompts)
 
     def nearest(embeddings: Tensor) -> Tensor:
         return (unit(embeddings) @ classes.T).argmax(dim=1)
 
-    embeddings = raw_embeddings(clip.image.to(device), test.images, device)
-    triggered = raw_embeddings(clip.image, trigger(test.images), device)
-    return Reaction(embeddings, triggered, nearest(embeddings), nearest(triggered))
+    embeddings = embed_in_batches(clip.image.to(device), test.images)
+    triggered = embed_in_batches(clip.image, trigger(test.images))
+    return EncoderOutputs(embeddings, triggered, nearest(embeddings), nearest(triggered))

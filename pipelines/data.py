@@ -1,11 +1,11 @@
 """Whole small data sets in memory, for making victims. Products stream; this does not."""
 
 import io
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import webdataset as wds
 from PIL import Image
 from torch import Tensor
 
@@ -15,7 +15,8 @@ from sanitize.config import check
 from sanitize.errors import ConfigError
 from sanitize.records import Shard
 from sanitize.stages import images
-from sanitize.stages.shards import ShardReader, head_tail_sha256, list_shards
+from sanitize.stages.shard_reader import ShardReader
+from sanitize.stages.shards import head_tail_sha256, list_shards
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,14 @@ def load_images(
     for shard in list_shards(patterns):
         with storage.open_read(shard.url) as file, storage.open_read(shard.url) as labels_file:
             for sample in ShardReader(file, shard, caption_member=caption_member).samples():
-                picture = images.decode_sample(sample)
-                if picture.pixels is None:
-                    raise ConfigError(
-                        f"{shard.url}: {sample.key}: {picture.reason}. Use clean shards to make a victim."
-                    )
-                reason = picture.caption_reason
+                image = images.decode_sample(sample)
+                if image.pixels is None:
+                    raise ConfigError(f"{shard.url}: {sample.key}: {image.reason}. Use clean shards to make a victim.")
+                reason = image.caption_reason
                 check(not reason, f"{shard.url}: {sample.key}: {reason}. Every pair needs its caption.")
-                batch = images.to_batch([picture.pixels], size, "squash", torch.device("cpu"))
+                batch = images.to_batch([image.pixels], size, "squash", torch.device("cpu"))
                 pixels.append((batch[0] * 255).round().to(torch.uint8))
-                captions.append(picture.caption)
+                captions.append(image.caption)
                 member = next((m for m in sample.members if m.extension == "cls"), None)
                 check(
                     not labelled or member is not None, f"{shard.url}: {sample.key} has no .cls member (class index)."
@@ -74,25 +73,22 @@ def identity(patterns: tuple[str, ...]) -> list[str]:
 
 
 def write_shard(path: Path, images: LabelledImages) -> None:
-    """PNG, class index and (when there are some) caption of every image, as one tar."""
+    """PNG, class index and (when there are some) caption of every image, as one tar; the same images give the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    with tarfile.open(partial, "w") as tar:
+    with partial.open("wb") as file, wds.TarWriter(file, mtime=0, encoder=False) as writer:
         for number, pixels in enumerate(images.pixels):
             buffer = io.BytesIO()
             Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(buffer, "PNG")
-            members = {"cls": str(int(images.labels[number])).encode(), "png": buffer.getvalue()}
+            sample = {"cls": str(int(images.labels[number])).encode(), "png": buffer.getvalue()}
             if images.captions:
-                members["txt"] = images.captions[number].encode()
-            for extension, data in members.items():
-                info = tarfile.TarInfo(f"{path.stem}-{number:06d}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+                sample["txt"] = images.captions[number].encode()
+            writer.write({"__key__": f"{path.stem}-{number:06d}", **sample})
     partial.rename(path)
 
 
 def shapes_shard(path: Path, count: int, seed: int) -> str:
-    """A shard of procedural pictures with class (colour) and caption, written when it is not there."""
+    """A shard of procedural images with class (colour) and caption, written when it is not there."""
     if not path.exists():
         pairs = tiny_clip.coloured_shapes(count, seed)
         write_shard(path, LabelledImages(pairs.images, pairs.labels, pairs.captions))

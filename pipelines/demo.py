@@ -4,18 +4,19 @@ Handwritten digits become shards, a small encoder is pre-trained and backdoored,
 trigger; then the real commands fit, scan, audit and verify.
 """
 
-import io
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
+import torch
 from sklearn.datasets import load_digits
+from torch.nn import functional
+
+from pipelines.data import LabelledImages, write_shard
+from sanitize.attacks.triggers import to_uint8
 
 OUT = Path("demo")
 CONFIG = "configs/demo_badencoder_digits.yaml"
@@ -37,7 +38,7 @@ def main() -> None:
     print(
         f"""
 Done in {time.monotonic() - start:.0f} s. Look at
-  demo/scanned/audit/report.html      what was flagged, with pictures
+  demo/scanned/audit/report.html      what was flagged, with images
   demo/scanned/clean                  shards that are safe to train on
   demo/scanned/scores                 one Parquet row per sample
   demo/detector/reconstructions.png   what the decoder sees
@@ -50,26 +51,14 @@ On your own shards: describe your encoder with `sanitize init`, then
 def write_shards(size: int = 500) -> None:
     """demo/aux and demo/incoming: 8 x 8 digits shown at 32 x 32, PNG and class index, `size` samples a shard."""
     digits = load_digits()
-    pixels = (digits.images / 16 * 255).round().astype(np.uint8)
-    order = np.random.default_rng(0).permutation(len(pixels))
+    small = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
+    shown = functional.interpolate(small, (32, 32), mode="bicubic", align_corners=False)
+    pixels, labels = to_uint8(shown).expand(-1, 3, -1, -1), torch.from_numpy(digits.target)
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
     for name, chosen in (("aux", order[:AUXILIARY]), ("incoming", order[AUXILIARY:])):
-        folder = OUT / name
-        folder.mkdir(parents=True)
-        for begin in range(0, len(chosen), size):
-            write_shard(folder / f"digits-{begin // size:04d}.tar", chosen[begin : begin + size], pixels, digits.target)
+        for number, part in enumerate(chosen.split(size)):
+            write_shard(OUT / name / f"digits-{number:04d}.tar", LabelledImages(pixels[part], labels[part]))
     print(f"wrote demo/aux ({AUXILIARY} digits) and demo/incoming ({len(pixels) - AUXILIARY})", flush=True)
-
-
-def write_shard(path: Path, chosen: np.ndarray, pixels: np.ndarray, classes: np.ndarray) -> None:
-    with tarfile.open(path, "w") as tar:
-        for number in chosen.tolist():
-            picture = Image.fromarray(pixels[number]).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB")
-            buffer = io.BytesIO()
-            picture.save(buffer, "PNG")
-            for extension, data in (("cls", str(classes[number]).encode()), ("png", buffer.getvalue())):
-                info = tarfile.TarInfo(f"digit-{number:04d}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
 
 
 def command(*arguments: str) -> None:

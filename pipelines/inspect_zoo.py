@@ -6,26 +6,25 @@ Victims that the zoo lacks are made first. The smaller the smallest trigger, the
 each encoder is also judged against the clean ones of the other seeds, as `--peer` does.
 """
 
-import csv
-import io
 import logging
-from typing import Any
 
 import click
 import numpy as np
 
-from pipelines import red_team
+from pipelines import page, red_team
+from pipelines.command_line import command_line
+from pipelines.page import Row
 from sanitize import storage
-from sanitize.config import from_mapping, load_encoder_spec
-from sanitize.detectors.decree import DecreeConfig, recommended
-from sanitize.errors import SanitizeError
-from sanitize.inspect import MIN_PEERS, inspect, peer_z
+from sanitize.commands.inspect import inspect
+from sanitize.config_loading import from_mapping, load_encoder_spec
+from sanitize.detectors.decree.config import DecreeConfig, recommended
+from sanitize.detectors.decree.verdict import MIN_PEERS, peer_z
 from sanitize.metrics import detection
 
 log = logging.getLogger(__name__)
 
 
-def rows_of(config: str, seeds: tuple[int, ...], images: str, zoo: str, preset: str, out: str) -> list[dict[str, Any]]:
+def rows_of(config: str, seeds: tuple[int, ...], images: str, zoo: str, preset: str, out: str) -> list[Row]:
     """Clean and backdoored encoder of every seed, with the smallest trigger found for each."""
     rows = []
     for seed in seeds:
@@ -53,7 +52,7 @@ def rows_of(config: str, seeds: tuple[int, ...], images: str, zoo: str, preset: 
     return with_peers(rows)
 
 
-def with_peers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def with_peers(rows: list[Row]) -> list[Row]:
     """Adds z: robust z of log L1 against the clean encoders of the other seeds; "" with fewer than MIN_PEERS of them."""
     judged = []
     for row in rows:
@@ -63,7 +62,7 @@ def with_peers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return judged
 
 
-def auroc(rows: list[dict[str, Any]]) -> float:
+def auroc(rows: list[Row]) -> float:
     """Over encoders, by the size of the smallest trigger; none found = as large as can be."""
     sizes = np.array([np.inf if row["l1"] is None else row["l1"] for row in rows])
     finite = np.where(np.isfinite(sizes), sizes, np.max(sizes[np.isfinite(sizes)], initial=0) + 1)
@@ -82,20 +81,13 @@ def main(
     configs: tuple[str, ...], seeds: tuple[int, ...], images: str, preset: str, zoo: str, out: str, results: str
 ) -> None:
     """Inspect the clean and the backdoored encoder of every CONFIG and seed; finished ones are reused."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    try:
-        text = io.StringIO()
-        writer: csv.DictWriter[str] | None = None
+    with command_line():
+        rows: list[Row] = []
         for config in configs:
-            rows = rows_of(config, seeds, images, zoo, preset, out)
-            writer = writer or csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-            if not text.tell():
-                writer.writeheader()
-            writer.writerows(rows)
-            click.echo(f"{rows[0]['attack']}: AUROC {auroc(rows):.2f} over {len(rows)} encoders")
-        storage.write_bytes(results, text.getvalue().encode())
-    except SanitizeError as error:
-        raise SystemExit(f"error: {error}") from None
+            found = rows_of(config, seeds, images, zoo, preset, out)
+            click.echo(f"{found[0]['attack']}: AUROC {auroc(found):.2f} over {len(found)} encoders")
+            rows += found
+        page.write_csv(results, rows)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from typing import Any
 from sanitize import storage
 from sanitize.config import check
 
+Row = dict[str, Any]  # one line of a result file, column → value
+
 
 def replace(page: str, name: str, text: str) -> None:
     """Put `text` between <!-- name: begin --> and <!-- name: end --> of a page."""

@@ -21,10 +21,11 @@ import click
 import torch
 
 from pipelines import clip_victim, page, ssl_victim
+from pipelines.command_line import command_line
 from sanitize import storage
 from sanitize.attacks.evaluation import AttackReport
-from sanitize.config import check, from_mapping, load_yaml, overlay, to_mapping
-from sanitize.errors import SanitizeError
+from sanitize.config import check
+from sanitize.config_loading import from_mapping, load_yaml, overlay, to_mapping
 
 log = logging.getLogger(__name__)
 RECIPE = 1  # raise it when the same settings make another victim
@@ -32,7 +33,7 @@ Build = Callable[[Any, str, str, torch.device], tuple[AttackReport, dict[str, An
 
 
 @dataclass(frozen=True)
-class Kind:
+class AttackFamily:
     """How a family of attacks is configured and made."""
 
     config: type[Any]
@@ -40,15 +41,15 @@ class Kind:
     build: Build
 
 
-_SSL = Kind(ssl_victim.SslConfig, ssl_victim.inputs, ssl_victim.build)
-_ADAPTIVE = Kind(ssl_victim.AdaptiveSslConfig, ssl_victim.inputs, ssl_victim.build)
-_CLIP = Kind(clip_victim.ClipConfig, clip_victim.inputs, clip_victim.build)
+_SSL = AttackFamily(ssl_victim.SslConfig, ssl_victim.inputs, ssl_victim.build)
+_ADAPTIVE = AttackFamily(ssl_victim.AdaptiveSslConfig, ssl_victim.inputs, ssl_victim.build)
+_CLIP = AttackFamily(clip_victim.ClipConfig, clip_victim.inputs, clip_victim.build)
 ATTACKS = {"badencoder": _SSL, "drupe": _SSL, "ctrl": _SSL, "adaptive": _ADAPTIVE, "clip_text": _CLIP, "badclip": _CLIP}
 PRESETS = ("cpu", "gpu")
 
 
 @dataclass(frozen=True)
-class Row:
+class VictimRow:
     """One line of red_team.csv."""
 
     attack: str  # the YAML's name without red_team_
@@ -80,7 +81,7 @@ def make(
     seed: int | None = None,
     out: str = "",
     settings: Mapping[str, Any] | None = None,
-) -> tuple[str, Row]:
+) -> tuple[str, VictimRow]:
     """The victim's folder and its line: from a finished folder, or made now."""
     config = load_config(path, preset, settings)
     config = config if seed is None else dataclasses.replace(config, seed=seed)
@@ -100,37 +101,41 @@ def make(
     else:
         log.info("%s is finished", folder)
     values = {"attack": name, "preset": preset} | storage.read_json(report)
-    return folder, Row(**{f.name: values[f.name] for f in dataclasses.fields(Row)})
+    return folder, VictimRow(**{f.name: values[f.name] for f in dataclasses.fields(VictimRow)})
 
 
-def merged(rows: Sequence[Row], path: str) -> list[Row]:
+def merged(rows: Sequence[VictimRow], path: str) -> list[VictimRow]:
     """The rows of an earlier table with `rows` in place of those of the same attack, preset and seed; sorted."""
     table = {(row.attack, PRESETS.index(row.preset), row.seed): row for row in [*read_table(path), *rows]}
     return [table[key] for key in sorted(table)]
 
 
-def read_table(path: str) -> list[Row]:
+def read_table(path: str) -> list[VictimRow]:
     if not storage.exists(path):
         return []
     with io.StringIO(storage.read_bytes(path).decode()) as text:
-        kinds = {f.name: f.type for f in dataclasses.fields(Row)}
-        return [Row(**{k: kinds[k](v) for k, v in line.items()}) for line in csv.DictReader(text)]  # type: ignore[operator]
+        kinds = {f.name: f.type for f in dataclasses.fields(VictimRow)}
+        return [VictimRow(**{k: kinds[k](v) for k, v in line.items()}) for line in csv.DictReader(text)]  # type: ignore[operator]
 
 
-def write_table(path: str, rows: Sequence[Row]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [f.name for f in dataclasses.fields(Row)], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in dataclasses.asdict(row).items()})
-    storage.write_bytes(path, text.getvalue().encode())
+def target_class(settings: Mapping[str, Any]) -> int:
+    """Number of the target class in the config that truth.json keeps; a CLIP's target is a class name."""
+    target = settings["target"]
+    return settings["data"]["classes"].index(target) if isinstance(target, str) else int(target)
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    header = (
-        *("attack", "preset", "seed", "clean accuracy", "backdoored accuracy", "attack success"),
-        *("same trigger, clean encoder", "cosine among triggered", "seconds"),
-    )
+def markdown(rows: Sequence[VictimRow]) -> str:
+    header = [
+        "attack",
+        "preset",
+        "seed",
+        "clean accuracy",
+        "backdoored accuracy",
+        "attack success",
+        "same trigger, clean encoder",
+        "cosine among triggered",
+        "seconds",
+    ]
     cells = [[f"{v:.3f}" if isinstance(v, float) else v for v in dataclasses.astuple(row)] for row in rows]
     return page.table(header, cells)
 
@@ -168,8 +173,7 @@ def main(
     configs: tuple[str, ...], preset: str, seeds: tuple[int, ...], zoo: str, out: str, results: str, markdown_page: str
 ) -> None:
     """Make the victims that CONFIGS describe and measure the attacks; finished ones are reused."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    try:
+    with command_line():
         check(preset in PRESETS, f"--preset {preset}: use one of {', '.join(PRESETS)}.")
         wanted = [(config, seed) for config in configs for seed in (seeds or (None,))]
         check(not out or len(wanted) == 1, "--out: is for one config and one seed; use --zoo for more.")
@@ -179,11 +183,9 @@ def main(
             click.echo(f"[{number}/{len(wanted)}, {time.monotonic() - start:.0f} s] {config}", err=True)
             folder, row = make(config, preset, zoo.rstrip("/"), seed, out.rstrip("/"))
             click.echo(f"{folder}\n{evaluation_table(folder)}")
-            write_table(results, merged([row], results))
+            page.write_csv(results, [dataclasses.asdict(line) for line in merged([row], results)])
             if markdown_page:
                 page.replace(markdown_page, "red_team.csv", markdown(read_table(results)))
-    except SanitizeError as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

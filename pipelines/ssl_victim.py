@@ -6,25 +6,26 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-import safetensors.torch
 import torch
-import yaml
 from torch import Tensor
 
 from pipelines.data import LabelledImages, identity, load_images
 from sanitize import storage
+from sanitize.artifacts.encoder_folder import save_encoder
 from sanitize.attacks import adaptive, badencoder, ctrl, drupe, evaluation, simclr
 from sanitize.attacks.adaptive import AdaptiveConfig
-from sanitize.attacks.backdoor import raw_embeddings, unit
+from sanitize.attacks.backdoor import unit
 from sanitize.attacks.badencoder import BadEncoderConfig
 from sanitize.attacks.ctrl import CtrlConfig
 from sanitize.attacks.drupe import DrupeConfig
-from sanitize.attacks.evaluation import AttackReport, Features, HeadConfig, Reaction
+from sanitize.attacks.evaluation import AttackReport, EncoderOutputs, HeadConfig
 from sanitize.attacks.simclr import SimclrConfig
 from sanitize.attacks.triggers import Trigger, make_trigger
-from sanitize.config import EncoderSpec, check, to_mapping
+from sanitize.config import EncoderSpec, check
+from sanitize.config_loading import to_mapping
 from sanitize.metrics import knn_predictions
-from sanitize.stages.encoders import Encoder, load_encoder
+from sanitize.stages.encoders import Encoder, embed_in_batches, load_encoder
+from sanitize.training.embedding_cache import LabelledEmbeddings
 
 log = logging.getLogger(__name__)
 
@@ -91,16 +92,16 @@ def build(config: SslConfig, folder: str, zoo: str, device: torch.device) -> tup
     size, data = config.encoder.image_size, config.data
     trigger = make_trigger(config.trigger)
     pretrain = load_images(data.pretrain, data.pretrain_images, size, labelled=config.attack == "ctrl")
-    clean, earlier = pretrained(config, pretrain.pixels, zoo, device)
+    clean, earlier = pretrain_or_load(config, pretrain.pixels, zoo, device)
     train = load_images(data.train, data.train_images, size)
     test = load_images(data.test, data.test_images, size)
     save_encoder(clean, storage.join(folder, "clean"))
     truth: dict[str, Any] = {}
     if config.ctrl:
-        backdoored, poisoned = poisoned_pretraining(config, config.ctrl, pretrain, device)
+        backdoored, poisoned = pretrain_poisoned(config, config.ctrl, pretrain, device)
         truth["poisoned_pretraining_images"] = poisoned.tolist()
     else:
-        features = Features(unit(raw_embeddings(clean, train.pixels, device)), train.labels)
+        features = LabelledEmbeddings(unit(embed_in_batches(clean, train.pixels)), train.labels)
         head = evaluation.train_head(features, config.classes, config.head, config.seed)
         chosen = evaluation.choose_references(head, features, config.target, config.references, config.reference_pool)
         shadow = pretrain.pixels[: data.shadow_images or len(pretrain.pixels)]
@@ -115,12 +116,12 @@ def build(config: SslConfig, folder: str, zoo: str, device: torch.device) -> tup
             backdoored = drupe.attack(*arguments, config.drupe, config.seed, device)
         truth["reference_images"] = chosen.tolist()
     save_encoder(backdoored, storage.join(folder, "backdoored"))
-    before, after = (reaction(config, encoder, train, test, trigger, device) for encoder in (clean, backdoored))
+    before, after = (outputs_of(config, encoder, train, test, trigger) for encoder in (clean.to(device), backdoored))
     result = evaluation.report(before, after, test.labels, config.target)
     return result, truth | {"seconds": round(earlier + time.monotonic() - start)}
 
 
-def pretrained(config: SslConfig, pixels: Tensor, zoo: str, device: torch.device) -> tuple[Encoder, float]:
+def pretrain_or_load(config: SslConfig, pixels: Tensor, zoo: str, device: torch.device) -> tuple[Encoder, float]:
     """The clean encoder and the seconds an earlier run spent on it: taken from <zoo>/clean when its settings are the same."""
     settings = [to_mapping(config.simclr), to_mapping(config.encoder), config.seed, len(pixels)]
     key = storage.json_sha256([*settings, identity(config.data.pretrain)])[:12]
@@ -137,41 +138,32 @@ def pretrained(config: SslConfig, pixels: Tensor, zoo: str, device: torch.device
     return encoder, 0.0
 
 
-def poisoned_pretraining(
+def pretrain_poisoned(
     config: SslConfig, attack: CtrlConfig, pretrain: LabelledImages, device: torch.device
 ) -> tuple[Encoder, Tensor]:
     """CTRL: the clean encoder's recipe on the poisoned set. Returns the encoder and the poisoned indices."""
     indices = ctrl.poisoned_indices(pretrain.labels, config.target, attack, config.seed)
     stamp = make_trigger(config.trigger | ({"magnitude": attack.magnitude} if attack.magnitude else {}))
-    images = ctrl.poison(pretrain.pixels, indices, stamp)
+    images = ctrl.poison_images(pretrain.pixels, indices, stamp)
     return simclr.pretrain(images, config.encoder, config.simclr, config.seed, device), indices
 
 
-def reaction(
+def outputs_of(
     config: SslConfig,
     encoder: Encoder,
     train: LabelledImages,
     test: LabelledImages,
     trigger: Trigger,
-    device: torch.device,
-) -> Reaction:
+) -> EncoderOutputs:
     """Predictions of a head trained on this encoder; of weighted kNN for CTRL (its card, section 5)."""
-    bank = Features(unit(raw_embeddings(encoder, train.pixels, device)), train.labels)
-    embeddings = raw_embeddings(encoder, test.pixels, device)
-    triggered = raw_embeddings(encoder, trigger(test.pixels), device)
+    known = LabelledEmbeddings(unit(embed_in_batches(encoder, train.pixels)), train.labels)
+    embeddings = embed_in_batches(encoder, test.pixels)
+    triggered = embed_in_batches(encoder, trigger(test.pixels))
     if config.ctrl:
         predictions = [
-            knn_predictions(bank.embeddings, bank.labels, unit(e), config.classes) for e in (embeddings, triggered)
+            knn_predictions(known.embeddings, known.labels, unit(e), config.classes) for e in (embeddings, triggered)
         ]
     else:
-        head = evaluation.train_head(bank, config.classes, config.head, config.seed)
+        head = evaluation.train_head(known, config.classes, config.head, config.seed)
         predictions = [evaluation.head_predictions(head, unit(e)) for e in (embeddings, triggered)]
-    return Reaction(embeddings, triggered, *predictions)
-
-
-def save_encoder(encoder: Encoder, folder: str) -> None:
-    """encoder.safetensors and the encoder.yaml that describes it."""
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in encoder.backbone.state_dict().items()}
-    storage.write_bytes(storage.join(folder, "encoder.safetensors"), safetensors.torch.save(tensors))
-    values = to_mapping(encoder.spec) | {"weights": "encoder.safetensors"}
-    storage.write_bytes(storage.join(folder, "encoder.yaml"), yaml.safe_dump(values, sort_keys=False).encode())
+    return EncoderOutputs(embeddings, triggered, *predictions)

@@ -16,23 +16,23 @@ import click
 import numpy as np
 
 from pipelines import clean_then_finetune, page, red_team
-from pipelines.clean_then_finetune import PipelineConfig, Report
+from pipelines.clean_then_finetune import PipelineConfig, PipelineReport
+from pipelines.command_line import command_line
 from pipelines.data import shapes_shard
+from pipelines.page import Row
 from sanitize import storage
 from sanitize.attacks.triggers import make_trigger
-from sanitize.config import from_mapping, load_yaml, overlay
-from sanitize.errors import SanitizeError
-from sanitize.poison import poison
+from sanitize.commands.poison import poison
+from sanitize.config_loading import from_mapping, load_yaml, overlay
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class ScenarioConfig:
     """One attack. victim: a red-team YAML; its trigger and target are used, and of its encoders the one named.
 
-    encoder: backdoored or clean; data: shards by the names train, validation, auxiliary ("shapes": procedural captioned pictures)
+    encoder: backdoored or clean; data: shards by the names train, validation, auxiliary ("shapes": procedural captioned images)
     replace: what a poisoned sample says instead, by extension; {target} stands for the target's number, {name} for its name
     pipeline: settings of PipelineConfig; rates: instead of the study's
     """
@@ -40,8 +40,8 @@ class ScenarioConfig:
     dataset: str
     victim: str
     encoder: str
-    data: dict[str, Any]
-    replace: dict[str, Any]
+    data: dict[str, str]
+    replace: dict[str, tuple[str, ...]]
     pipeline: dict[str, Any] = field(default_factory=dict)
     rates: tuple[float, ...] = ()
 
@@ -52,7 +52,7 @@ class StudyConfig:
     table: str
     zoo: str
     preset: str
-    scenarios: dict[str, Any]
+    scenarios: dict[str, ScenarioConfig]
     rates: tuple[float, ...] = (0.01, 0.05)
     seeds: tuple[int, ...] = (0, 1, 2)
     workers: int = 0
@@ -60,8 +60,7 @@ class StudyConfig:
 
 def run(config: StudyConfig) -> list[Row]:
     rows: list[Row] = []
-    for name, values in config.scenarios.items():
-        scenario = from_mapping(ScenarioConfig, values, f"scenarios.{name}")
+    for name, scenario in config.scenarios.items():
         for rate in scenario.rates or config.rates:
             for seed in config.seeds:
                 rows += cell(config, name, scenario, rate, seed)
@@ -72,15 +71,14 @@ def run(config: StudyConfig) -> list[Row]:
 def cell(config: StudyConfig, name: str, scenario: ScenarioConfig, rate: float, seed: int) -> list[Row]:
     folder, _ = red_team.make(scenario.victim, config.preset, config.zoo)
     settings = storage.read_json(storage.join(folder, "truth.json"))["config"]
-    name_of_target, target = str(settings["target"]), settings["target"]
-    target = settings["data"]["classes"].index(target) if isinstance(target, str) else target
+    target = red_team.target_class(settings)
     trigger = make_trigger(settings["trigger"])
-    data = {key: _shards(config, key, str(value)) for key, value in scenario.data.items()}
+    data = {key: _shards(config, key, value) for key, value in scenario.data.items()}
     place = storage.join(config.out, name)
     train = storage.join(place, f"train-{rate}-{seed}")
     triggered = storage.join(place, "triggered")
     texts = {
-        extension: [str(text).format(target=target, name=name_of_target) for text in options]
+        extension: [text.format(target=target, name=settings["target"]) for text in options]
         for extension, options in scenario.replace.items()
     }
     for out, patterns, share, said in ((train, data["train"], rate, texts), (triggered, data["validation"], 1.0, {})):
@@ -113,7 +111,7 @@ def _shards(config: StudyConfig, part: str, pattern: str) -> str:
     return shapes_shard(Path(config.out) / f"shapes-{part}.tar", count, seed)
 
 
-def _row(scenario: ScenarioConfig, name: str, rate: float, seed: int, arm: str, report: Report) -> Row:
+def _row(scenario: ScenarioConfig, name: str, rate: float, seed: int, arm: str, report: PipelineReport) -> Row:
     result = report.arms[arm]
     values = result.evaluation
     row = {"dataset": scenario.dataset, "attack": name, "poison_rate": rate, "seed": seed, "arm": arm}
@@ -190,15 +188,11 @@ def _spread(values: Sequence[float]) -> str:
 @click.option("--page", "markdown_page", default="", help="Markdown page whose tables are written anew.")
 def main(config: str, markdown_page: str) -> None:
     """Poison, clean and train as CONFIG says; finished cells are reused."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("sanitize").setLevel(logging.WARNING)
-    try:
+    with command_line(commands_log=False):
         rows = run(from_mapping(StudyConfig, load_yaml(config), config))
         if markdown_page:
             page.replace(markdown_page, "training.csv", markdown(rows))
             page.replace(markdown_page, "filter", filtered(rows))
-    except SanitizeError as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -5,26 +5,25 @@ imported on first use, so that `import sanitize` loads neither torch nor Ray.
 """
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers see; a test holds it, `__all__` and `_HOMES` equal
+    from sanitize.artifacts.detector_folder import Detector
+    from sanitize.artifacts.head_folder import TrainedHead, load_head
     from sanitize.attacks.triggers import make_trigger
-    from sanitize.audit import AuditResult, audit
-    from sanitize.checkpoint import Detector
-    from sanitize.clean import CleanResult, clean
-    from sanitize.config import EncoderSpec, FinetuneConfig, FitConfig, ScanConfig, ThresholdPolicy, load_encoder_spec
-    from sanitize.dataset import KeptSamples, keep_only
-    from sanitize.detectors.decree import DecreeConfig
+    from sanitize.commands.audit import AuditResult, audit
+    from sanitize.commands.clean import CleanResult, clean
+    from sanitize.commands.finetune import FinetuneResult, finetune
+    from sanitize.commands.fit import fit
+    from sanitize.commands.inspect import Inspection, inspect
+    from sanitize.commands.poison import PoisonResult, poison
+    from sanitize.commands.scan import ScanResult, scan
+    from sanitize.commands.verify import VerifyResult, verify
+    from sanitize.config import EncoderSpec, FinetuneConfig, FitConfig, ScanConfig, ThresholdPolicy
+    from sanitize.config_loading import load_encoder_spec
+    from sanitize.detectors.decree.config import DecreeConfig
     from sanitize.errors import SanitizeError
-    from sanitize.finetune import FinetuneResult, finetune
-    from sanitize.fit import fit
-    from sanitize.inspect import Inspection, inspect
-    from sanitize.poison import PoisonResult, poison
-    from sanitize.scan import ScanResult, scan
-    from sanitize.stages.heads import TrainedHead, load_head
-    from sanitize.verify import VerifyResult, verify
+    from sanitize.kept_samples import KeptSamples, keep_only
 
 __all__ = [
     "AuditResult",
@@ -60,20 +59,21 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_HOMES = {  # module → the names of the library that live there; a command is a function with its module's name
-    "fit": ("fit",),
-    "finetune": ("finetune", "FinetuneResult"),
-    "stages.heads": ("TrainedHead", "load_head"),
-    "scan": ("scan", "ScanResult"),
-    "clean": ("clean", "CleanResult"),
-    "audit": ("audit", "AuditResult"),
-    "verify": ("verify", "VerifyResult"),
-    "inspect": ("inspect", "Inspection"),
-    "poison": ("poison", "PoisonResult"),
-    "dataset": ("KeptSamples", "keep_only"),
-    "config": ("EncoderSpec", "FinetuneConfig", "FitConfig", "ScanConfig", "ThresholdPolicy", "load_encoder_spec"),
-    "checkpoint": ("Detector",),
-    "detectors.decree": ("DecreeConfig",),
+_HOMES = {  # module → the names of the library that live there
+    "commands.fit": ("fit",),
+    "commands.finetune": ("finetune", "FinetuneResult"),
+    "commands.scan": ("scan", "ScanResult"),
+    "commands.clean": ("clean", "CleanResult"),
+    "commands.audit": ("audit", "AuditResult"),
+    "commands.verify": ("verify", "VerifyResult"),
+    "commands.inspect": ("inspect", "Inspection"),
+    "commands.poison": ("poison", "PoisonResult"),
+    "kept_samples": ("KeptSamples", "keep_only"),
+    "config": ("EncoderSpec", "FinetuneConfig", "FitConfig", "ScanConfig", "ThresholdPolicy"),
+    "config_loading": ("load_encoder_spec",),
+    "artifacts.detector_folder": ("Detector",),
+    "artifacts.head_folder": ("TrainedHead", "load_head"),
+    "detectors.decree.config": ("DecreeConfig",),
     "attacks.triggers": ("make_trigger",),
     "errors": ("SanitizeError",),
 }
@@ -92,14 +92,3 @@ if not TYPE_CHECKING:  # a type checker that saw it would take every misspelt na
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
-
-
-class _Package(types.ModuleType):
-    """Importing the module `sanitize.scan` must not put it in the place of the function `sanitize.scan`."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name not in _HOME or not isinstance(value, types.ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -5,30 +5,23 @@ Exit codes: 0 done; 1 finished, but some shards failed or are damaged; 2 usage o
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import click
-import yaml
 
 from sanitize import __version__
-from sanitize.config import (
-    FinetuneConfig,
-    FitConfig,
-    ScanConfig,
-    ThresholdPolicy,
-    check,
-    from_mapping,
-    load_encoder_spec,
-    load_yaml,
-    overlay,
-    preset,
+from sanitize.cli_options import (
+    build_config,
+    common_options,
+    parse_settings,
+    policy_options,
+    settings_of,
+    take_policy,
 )
-from sanitize.errors import ConfigError, SanitizeError, StorageError
-
-CONFIG_FILE = "sanitize.yaml"
-T = TypeVar("T")
+from sanitize.config import FinetuneConfig, FitConfig, ScanConfig, ThresholdPolicy, check, preset
+from sanitize.config_loading import from_mapping, load_encoder_spec, overlay
+from sanitize.errors import ConfigError, SanitizeError
 
 
 class Command(click.Group):
@@ -60,73 +53,6 @@ def main(quiet: bool) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-# ---------------------------------------------------------------- settings
-
-
-def _common(function: Callable[..., Any]) -> Callable[..., Any]:
-    options = [
-        click.option(
-            "--config", default="", help=f"YAML with a section per command [default: {CONFIG_FILE} if it is here]"
-        ),
-        click.option(
-            "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting, for example training.epochs=5"
-        ),
-        click.option(
-            "--workers", type=int, help="Ray workers; 0 = this process without Ray [default: what the machine has]"
-        ),
-        click.option("--gpus-per-worker", type=float, help="[default: 1 if there are GPUs]"),
-        click.option(
-            "--cpus-per-worker", type=int, help="Threads for decoding and torch [default: what the machine has]"
-        ),
-        click.option("--batch-size", type=int, help="Images per forward pass [default: 256]"),
-        click.option("--address", help="Ray cluster to join, for example auto [default: a local one]"),
-        click.option("--image-member", help="Extension of the member to score when a sample has several images"),
-    ]
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
-def _values(section: str, config: str, settings: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
-    """Settings of one command: YAML section, then --set, then options."""
-    path = config or (CONFIG_FILE if Path(CONFIG_FILE).exists() else "")
-    file = load_yaml(path) if path else {}
-    if unknown := sorted(set(file) - {"fit", "scan", "finetune"}):
-        raise ConfigError(
-            f"{path}: unknown section {', '.join(map(repr, unknown))}. Known sections: fit, scan, finetune."
-        )
-    values: dict[str, Any] = dict(file.get(section) or {})
-    values = overlay(values, _parsed(settings))
-    values = overlay(values, {key: value for key, value in options.items() if value is not None})
-    for name in ("shards", "validation", "triggered"):
-        if isinstance(values.get(name), str):
-            values[name] = [values[name]]
-    if isinstance(values.get("encoder"), str):
-        values["encoder"] = load_encoder_spec(values["encoder"])
-    return values
-
-
-def _parsed(settings: Sequence[str]) -> dict[str, Any]:
-    """key.inner=value pairs of --set → nested values, read as YAML."""
-    values: dict[str, Any] = {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        check(bool(equals), f"--set {setting}: write it as key=value, for example --set training.epochs=5.")
-        nested: Any = yaml.safe_load(text)
-        for key in reversed(name.split(".")):
-            nested = {key: nested}
-        values = overlay(values, nested)
-    return values
-
-
-def _build(cls: type[T], values: dict[str, Any], section: str) -> T:
-    if not values.get("shards"):
-        raise ConfigError(
-            f"no shards given. Name a folder: sanitize {section} shards/  (or set {section}.shards in {CONFIG_FILE})."
-        )
-    return from_mapping(cls, values, f"settings of {section}")
-
-
 # ---------------------------------------------------------------- commands
 
 
@@ -137,7 +63,7 @@ def _build(cls: type[T], values: dict[str, Any], section: str) -> T:
 @click.option("--preset", "preset_name", default=None, help="default (low-resolution decoder) or paper (as published)")
 @click.option("--limit", type=int, help="Use at most this many auxiliary images")
 @click.option("--seed", type=int)
-@_common
+@common_options
 def fit(
     shards: tuple[str, ...], preset_name: str | None, config: str, settings: tuple[str, ...], **options: Any
 ) -> None:
@@ -146,54 +72,21 @@ def fit(
     \b
     Example:  sanitize fit aux/ --encoder encoder.yaml --out detector/
     """
-    from sanitize.fit import fit as run
+    from sanitize.commands.fit import fit as run
 
-    values = _values("fit", config, settings, options | {"shards": list(shards) or None})
+    values = settings_of("fit", config, settings, options | {"shards": list(shards) or None})
     values = overlay(preset(preset_name or values.pop("preset", "default")), values)
     values.pop("preset", None)
     if "encoder" not in values:
         raise ConfigError(
             "no encoder given. Describe it in a YAML file and name it: sanitize fit aux/ --encoder encoder.yaml"
         )
-    detector = run(_build(FitConfig, values, "fit"))
+    detector = run(build_config(FitConfig, values, "fit"))
     summary = detector.summary
     click.echo(
-        f"{values.get('out', 'detector')}: trained on {summary['training_images']} images, "
-        f"calibrated on {summary['calibration_images']}, last loss {summary['loss_by_epoch'][-1]:.4f}"
+        f"{values.get('out', 'detector')}: trained on {summary.training_images} images, "
+        f"calibrated on {summary.calibration_images}, last loss {summary.loss_by_epoch[-1]:.4f}"
     )
-
-
-def _policy_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    options = [
-        click.option("--policy", help="calibrated, fdr, fraction, absolute or robust [default: calibrated]"),
-        click.option("--fpr", type=float, help="calibrated, fdr: tolerated rate [default: 0.01]"),
-        click.option("--fraction", type=float, help="fraction: share of samples to remove"),
-        click.option("--threshold", type=float, help="absolute: remove scores above it"),
-        click.option("--mad", type=float, help="robust: median + this many scaled MADs [default: 6]"),
-        click.option(
-            "--adapt/--no-adapt", default=None, help="calibrated, fdr: judge by the bulk of this scan [default: adapt]"
-        ),
-        click.option(
-            "--keep-unscored", is_flag=True, default=None, help="Keep samples without a score (undecodable, no image)"
-        ),
-        click.option("--force", is_flag=True, default=None, help="Go on although more than half would be removed"),
-    ]
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
-def _policy_values(options: dict[str, Any]) -> dict[str, Any]:
-    """Take the policy's options out; a number without --policy picks the policy it belongs to."""
-    names = ("policy", "fpr", "fraction", "threshold", "mad", "adapt", "keep_unscored")
-    values = {name: options.pop(name) for name in names if options.get(name) is not None}
-    for name in names:
-        options.pop(name, None)
-    implied = {"fraction": "fraction", "threshold": "absolute", "mad": "robust"}
-    given = [policy for name, policy in implied.items() if name in values]
-    if "policy" not in values and given:
-        values["policy"] = given[0]
-    return values
 
 
 @main.command()
@@ -205,24 +98,24 @@ def _policy_values(options: dict[str, Any]) -> dict[str, Any]:
 @click.option("--caption-member", help="txt or json:<field>; needs a CLIP with a tokenizer [default then: txt]")
 @click.option(
     "--effort",
-    help="thorough: alter every picture; fast: the most suspicious fifth; 0.05: that share [default: thorough]",
+    help="thorough: perturb every image; fast: the most suspicious fifth; 0.05: that share [default: thorough]",
 )
 @click.option("--precision", help="auto, bf16 or fp32")
-@_policy_options
-@_common
+@policy_options
+@common_options
 def scan(shards: tuple[str, ...], config: str, settings: tuple[str, ...], **options: Any) -> None:
     """Score every sample of SHARDS, then write clean and quarantine shards. Running it again finishes the rest.
 
     \b
     Example:  sanitize scan shards/ --detector detector/ --out scanned/
     """
-    from sanitize.scan import scan as run
+    from sanitize.commands.scan import scan as run
 
-    policy = _policy_values(options)
-    values = _values("scan", config, settings, options | {"shards": list(shards) or None})
+    policy = take_policy(options)
+    values = settings_of("scan", config, settings, options | {"shards": list(shards) or None})
     if policy:
         values = overlay(values, {"policy": policy})
-    result = run(_build(ScanConfig, values, "scan"))
+    result = run(build_config(ScanConfig, values, "scan"))
     click.echo(f"{result.out}: {result.samples} samples scored, {result.unscored} without a score")
     if result.cleaned:
         click.echo(_cleaned(result.out, result.cleaned))
@@ -258,7 +151,7 @@ def _exit_for_shards(failed: Sequence[str]) -> None:
 @click.option("--patience", type=int, help="Stop after so many epochs without a better validation [default: never]")
 @click.option("--precision", help="auto, bf16 or fp32")
 @click.option("--seed", type=int)
-@_common
+@common_options
 def finetune(shards: tuple[str, ...], config: str, settings: tuple[str, ...], **options: Any) -> None:
     """Train a head on clean shards, or the encoder itself. Running it again after a kill goes on.
 
@@ -266,15 +159,15 @@ def finetune(shards: tuple[str, ...], config: str, settings: tuple[str, ...], **
     Example:  sanitize finetune scanned/clean --encoder encoder.yaml --out head/
               sanitize finetune scanned/clean --encoder clip.yaml --mode contrastive --validation val/ --out clip/
     """
-    from sanitize.finetune import finetune as run
+    from sanitize.commands.finetune import finetune as run
 
     lists = {name: list(options.pop(name)) or None for name in ("validation", "triggered")}
-    values = _values("finetune", config, settings, options | lists | {"shards": list(shards) or None})
+    values = settings_of("finetune", config, settings, options | lists | {"shards": list(shards) or None})
     if "encoder" not in values:
         raise ConfigError(
             "no encoder given. Describe it in a YAML file and name it: sanitize finetune clean/ --encoder encoder.yaml"
         )
-    result = run(_build(FinetuneConfig, values, "finetune"))
+    result = run(build_config(FinetuneConfig, values, "finetune"))
     last = result.epochs[-1]
     left_out = result.unreadable + sum(result.unusable.values())
     click.echo(
@@ -289,7 +182,7 @@ def finetune(shards: tuple[str, ...], config: str, settings: tuple[str, ...], **
 @click.argument("scanned", default="scanned")
 @click.option("--workers", default=0, show_default=True, help="Ray workers that copy; 0 = this process")
 @click.option("--address", default="", help="Ray cluster to join")
-@_policy_options
+@policy_options
 def clean(scanned: str, force: bool | None, workers: int, address: str, **options: Any) -> None:
     """Split the shards again at another threshold; scores are read, never computed.
 
@@ -297,9 +190,9 @@ def clean(scanned: str, force: bool | None, workers: int, address: str, **option
     Example:  sanitize clean scanned/ --fpr 0.001
     """
     from sanitize import runtime
-    from sanitize.clean import clean as run
+    from sanitize.commands.clean import clean as run
 
-    policy = from_mapping(ThresholdPolicy, _policy_values(options), "policy")
+    policy = from_mapping(ThresholdPolicy, take_policy(options), "policy")
     resources = runtime.plan(workers, 1, 0, workers, address)
     result = run(scanned.rstrip("/"), policy, force=bool(force), resources=resources, address=address)
     click.echo(_cleaned(scanned.rstrip("/"), result))
@@ -316,11 +209,11 @@ def audit(scanned: str, truth: str, top: int) -> None:
     \b
     Example:  sanitize audit scanned/ --truth poisoned/poison.json
     """
-    from sanitize.audit import audit as run
+    from sanitize.commands.audit import audit as run
 
     result = run(scanned.rstrip("/"), truth, top)
     click.echo(result.text)
-    click.echo(f"  pictures and histogram: {result.report}")
+    click.echo(f"  images and histogram: {result.report}")
 
 
 @main.command()
@@ -331,7 +224,7 @@ def verify(scanned: str) -> None:
     \b
     Example:  sanitize verify scanned/
     """
-    from sanitize.verify import verify as run
+    from sanitize.commands.verify import verify as run
 
     result = run(scanned.rstrip("/"))
     for problem in result.problems:
@@ -361,25 +254,25 @@ def inspect(
     \b
     Example:  sanitize inspect --encoder encoder.yaml --images aux/
     """
-    from sanitize.detectors.decree import DecreeConfig, recommended
-    from sanitize.inspect import inspect as run
+    from sanitize.commands.inspect import inspect as run
+    from sanitize.detectors.decree.config import DecreeConfig, recommended
 
     check(bool(encoder), "no encoder given. Name its YAML file: sanitize inspect --encoder encoder.yaml --images aux/")
     check(bool(images), f"no images given. Name auxiliary shards: sanitize inspect --encoder {encoder} --images aux/")
     spec = load_encoder_spec(encoder)
-    values = overlay(recommended(spec.image_size), _parsed(settings))
+    values = overlay(recommended(spec.image_size), parse_settings(settings))
     values = overlay(values, {key: value for key, value in options.items() if value is not None})
     config = from_mapping(DecreeConfig, values, "settings of inspect")
     result = run(spec, images, out.rstrip("/"), config, [load_encoder_spec(peer) for peer in peers])
     click.echo(result.text)
-    click.echo(f"  numbers and picture: {result.report}")
+    click.echo(f"  numbers and image: {result.report}")
 
 
 @main.command()
 @click.argument("shards", nargs=-1, required=True)
 @click.option("--out", default="poisoned", show_default=True, help="Folder for the poisoned shards and poison.json")
 @click.option(
-    "--trigger", default="patch", show_default=True, help="patch, file, picture, blend, sig, wanet or frequency"
+    "--trigger", default="patch", show_default=True, help="patch, file, image, blend, sig, wanet or frequency"
 )
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Setting of the trigger, for example side=8"
@@ -407,9 +300,9 @@ def poison(
     Example:  sanitize poison shards/ --trigger patch --set side=10 --rate 0.01 --out poisoned/
     """
     from sanitize.attacks.triggers import make_trigger
-    from sanitize.poison import poison as run
+    from sanitize.commands.poison import poison as run
 
-    stamp = make_trigger(_parsed(settings) | {"name": trigger})
+    stamp = make_trigger(parse_settings(settings) | {"name": trigger})
     texts: dict[str, list[str]] = {}
     for item in replace:
         extension, equals, text = item.partition("=")
@@ -419,48 +312,12 @@ def poison(
     click.echo(f"{out}: {result.poisoned} of {result.samples} samples poisoned; truth in {result.truth}")
 
 
-TEMPLATE = """\
-# Settings of `sanitize fit`, `scan` and `finetune`; options on the command line win. Delete what you do not change.
-fit:
-  shards: [aux/]            # images like those you will scan; no labels needed
-  encoder: encoder.yaml     # the encoder under test, see below
-  out: detector
-  preset: default           # default: low-resolution decoder; paper: as published, about 100 times slower to train
-  # training: {epochs: 20, learning_rate: 0.002}
-scan:
-  shards: [shards/]
-  detector: detector
-  out: scanned
-  policy:
-    policy: calibrated      # calibrated | fdr | fraction | absolute | robust
-    fpr: 0.01               # share of clean samples you accept to lose
-finetune:
-  shards: [scanned/clean]
-  encoder: encoder.yaml
-  out: head
-  mode: linear              # linear | mlp | full | contrastive
-  label_member: cls         # cls, or json:<field>
-  # validation: [validation/]
-  # epochs: 20
-"""
-ENCODER_TEMPLATE = """\
-# The encoder under test. Weights: safetensors, or a PyTorch file that loads with weights_only=True.
-architecture: resnet18      # resnet18|34|50, resnet18-cifar (3x3 stem), clip, timm:<name>, exported:<file.pt2>
-weights: encoder.safetensors
-image_size: 224
-mean: [0.485, 0.456, 0.406]
-std: [0.229, 0.224, 0.225]
-resize: squash              # squash shows the whole picture; crop its central square
-"""
-
-
 @main.command()
 def init() -> None:
     """Write sanitize.yaml and encoder.yaml with comments into this folder."""
-    for name, text in ((CONFIG_FILE, TEMPLATE), ("encoder.yaml", ENCODER_TEMPLATE)):
-        if Path(name).exists():
-            raise StorageError(f"{name}: is here already. Delete it first, or edit it.")
-        Path(name).write_text(text)
+    from sanitize.commands.init import init as run
+
+    for name in run():
         click.echo(f"wrote {name}")
 
 

@@ -1,21 +1,10 @@
-"""Settings: one frozen dataclass per command, and strict YAML loading. `__post_init__` only checks."""
+"""Settings: one frozen dataclass per command. `__post_init__` only checks; config_loading.py fills them from YAML."""
 
 import contextlib
-import dataclasses
-import re
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
-import yaml
-
-from sanitize import storage
 from sanitize.errors import ConfigError
-
-T = TypeVar("T")
-_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # 1e-3: a number, which YAML 1.1 reads as text
 
 
 def check(condition: bool, message: str) -> None:
@@ -31,7 +20,7 @@ class EncoderSpec:
                   clip (OpenAI or open_clip file, shapes inferred), timm:<name>, or exported:<file.pt2>
     weights:      safetensors or a weights-only PyTorch file; not used by exported:
     image_size:   side of the square input in pixels; mean, std: per channel, for pixels in [0, 1]
-    resize:       "squash" shows the whole picture, "crop" its central square
+    resize:       "squash" shows the whole image, "crop" its central square
     quick_gelu:   of CLIP's transformers: true for OpenAI's weights, false for most of open_clip's
     tokenizer:    of a CLIP whose captions are to be compared with the images: a tokenizer.json, or open_clip (its vocabulary)
     width, stem_stride: of small ResNets made for tests; 64 and 1 are the published ones
@@ -66,7 +55,7 @@ class EncoderSpec:
 class DecoderConfig:
     """Shape of the DeDe decoder (methods card section 2).
 
-    image_size: side of the picture it reconstructs, in pixels; patch_size divides it
+    image_size: side of the image it reconstructs, in pixels; patch_size divides it
     width, heads, encoder_depth, decoder_depth: of the transformer blocks
     standardize_embedding: centre and scale embeddings by their statistics on the auxiliary set; the paper feeds them raw
     """
@@ -177,8 +166,8 @@ class ThresholdPolicy:
 EFFORTS = {"fast": 0.2, "thorough": 1.0}
 
 
-def altered_share(effort: str) -> float:
-    """Share of clean pictures, the most suspicious, that an effort alters: `fast`, `thorough`, or the share itself, as text."""
+def perturbed_share(effort: str) -> float:
+    """Share of clean images, the most suspicious, that an effort perturbs: `fast`, `thorough`, or the share itself, as text."""
     with contextlib.suppress(ValueError):
         share = EFFORTS.get(effort) or float(effort)
         if 0 < share <= 1:
@@ -195,7 +184,7 @@ class ScanConfig:
     out: str = "scanned"
     encoder: EncoderSpec | None = None  # default: the one the detector names
     policy: ThresholdPolicy = field(default_factory=ThresholdPolicy)
-    effort: str = "thorough"  # of the scorer `reaction`: see `altered_share`
+    effort: str = "thorough"  # of the scorer `reaction`: see `perturbed_share`
     scores_only: bool = False
     force: bool = False
     image_member: str = ""
@@ -209,7 +198,7 @@ class ScanConfig:
 
     def __post_init__(self) -> None:
         check(self.batch_size >= 1, f"batch_size: {self.batch_size} is not at least 1.")
-        altered_share(self.effort)
+        perturbed_share(self.effort)
         check_precision(self.precision)
 
 
@@ -300,95 +289,6 @@ class FinetuneConfig:
         check_precision(self.precision)
 
 
-# ---------------------------------------------------------------- YAML
-
-
-def load_yaml(path: str) -> dict[str, Any]:
-    try:
-        value = yaml.safe_load(storage.read_bytes(path))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}). Correct that line.") from None
-    check(isinstance(value, dict), f"{path}: holds {type(value).__name__}, settings were expected (key: value).")
-    return typing.cast(dict[str, Any], value)
-
-
-def load_encoder_spec(path: str) -> EncoderSpec:
-    """Read an encoder YAML; relative weight files are looked for beside it."""
-    spec = from_mapping(EncoderSpec, load_yaml(path), path)
-    folder = path.rsplit("/", 1)[0] if "/" in path else "."
-
-    def beside(name: str) -> str:
-        if not name or name.startswith("/") or not storage.is_local(name):
-            return name
-        return storage.absolute(storage.join(folder, name)) if storage.is_local(path) else storage.join(folder, name)
-
-    architecture = spec.architecture
-    if architecture.startswith("exported:"):
-        architecture = "exported:" + beside(architecture.removeprefix("exported:"))
-    tokenizer = spec.tokenizer if spec.tokenizer == "open_clip" else beside(spec.tokenizer)
-    return dataclasses.replace(spec, architecture=architecture, weights=beside(spec.weights), tokenizer=tokenizer)
-
-
-def placed(spec: EncoderSpec) -> EncoderSpec:
-    """With absolute paths: a worker or a later command may start in another folder."""
-    tokenizer = spec.tokenizer if spec.tokenizer in ("", "open_clip") else storage.absolute(spec.tokenizer)
-    return dataclasses.replace(
-        spec, weights=storage.absolute(spec.weights) if spec.weights else "", tokenizer=tokenizer
-    )
-
-
-def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """A config dataclass from plain values. Unknown keys and wrong types are errors that name the key."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    if unknown := sorted(set(values) - set(fields)):
-        raise ConfigError(f"{where}: unknown key {', '.join(map(repr, unknown))}. Known keys: {', '.join(fields)}.")
-    hints = typing.get_type_hints(cls)
-    converted = {name: _convert(hints[name], value, f"{where}: {name}") for name, value in values.items()}
-    missing = [
-        name
-        for name, f in fields.items()
-        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    check(not missing, f"{where}: missing {', '.join(missing)}.")
-    try:
-        return cls(**converted)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        hint = next(option for option in hint.__args__ if option is not type(None))
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        if isinstance(value, hint):
-            return value
-        check(isinstance(value, dict), f"{where} holds {value!r}, a block of settings was expected.")
-        return from_mapping(hint, value, where)
-    if typing.get_origin(hint) is dict:
-        check(isinstance(value, dict), f"{where} holds {value!r}, a block of settings was expected.")
-        return value
-    if typing.get_origin(hint) is tuple:
-        check(isinstance(value, list | tuple), f"{where} holds {value!r}, a list was expected.")
-        return tuple(_convert(typing.get_args(hint)[0], item, where) for item in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
-        return float(value)
-    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)  # effort: 0.05
-    right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-    check(right, f"{where} holds {value!r}, {hint.__name__} was expected.")
-    return value
-
-
-def to_mapping(config: Any) -> dict[str, Any]:
-    """The plain values of a config, as JSON and YAML hold them."""
-    values = dataclasses.asdict(config)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-
 # ---------------------------------------------------------------- presets
 
 # "default": low-resolution decoder. "paper": methods card sections 2-4 (the reference's shapes, schedule and ratios).
@@ -417,15 +317,6 @@ FIT_PRESETS: dict[str, dict[str, Any]] = {
         },
     },
 }
-
-
-def overlay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` on top of `base`, blocks merged key by key; neither is changed."""
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = overlay(merged[key], value) if both else value
-    return merged
 
 
 def preset(name: str) -> dict[str, Any]:

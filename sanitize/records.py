@@ -1,4 +1,4 @@
-"""The project's vocabulary, in flow order: Shard, Member, Sample, Picture. Score rows are columns: stages/score_table.py."""
+"""The project's vocabulary, in flow order: Shard, Member, Sample, Image. Score rows are columns: stages/score_table.py."""
 
 from dataclasses import dataclass
 
@@ -42,7 +42,7 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class DecodedImage:
     """A sample after decoding. `pixels` is (3, H, W) uint8, or None with a status and a reason."""
 
     index: int

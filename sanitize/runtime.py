@@ -7,9 +7,9 @@ retry after a crash does the shard again and changes nothing else.
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -19,21 +19,22 @@ from sanitize.records import Shard
 
 log = logging.getLogger(__name__)
 RETRIES = 3  # of an actor that dies and of the shard it had
-Result = dict[str, Any]
-Tick = Callable[[int, int, int], None]  # samples, flagged, bytes of the current shard so far
-ShardFunction = Callable[[Shard, Tick], Result]
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+ProgressCallback = Callable[[int, int, int], None]  # samples, flagged, bytes of the current shard so far
+ShardFunction = Callable[[Shard, ProgressCallback], R]
 
 
-class Task(Protocol):
+class Task(Protocol[R_co]):
     """A picklable description of work; `start` loads what it needs, once per worker."""
 
-    def start(self, threads: int) -> ShardFunction: ...
+    def start(self, threads: int) -> Callable[[Shard, ProgressCallback], R_co]: ...
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Outcome(Generic[R]):
     shard: Shard
-    result: Result | None  # None: the shard failed
+    result: R | None  # None: the shard failed
     error: str = ""
 
 
@@ -122,96 +123,111 @@ def ray_session(address: str) -> Iterator[None]:
         ray.shutdown()
 
 
+def session_for(resources: Resources, address: str) -> contextlib.AbstractContextManager[None]:
+    """One Ray session for several `map_shards`; none when the work is done in this process."""
+    return ray_session(address) if resources.workers else contextlib.nullcontext()
+
+
 def map_shards(
-    task: Task, shards: Sequence[Shard], resources: Resources, display: ProgressDisplay, address: str = ""
-) -> Iterator[Outcome]:
+    task: Task[R], shards: Sequence[Shard], resources: Resources, display: ProgressDisplay, address: str = ""
+) -> Iterator[Outcome[R]]:
     """Run `task` on every shard, in any order; a ShardError fails its shard alone, anything else ends the run."""
     if not shards:
         return
-    counts = _Counts(sum(shard.size for shard in shards))
+    total = _Total()
     if resources.workers == 0:
         with torch_threads(resources.cpus):
-            yield from _map_here(task, shards, resources, display, counts)
+            yield from _map_here(task, shards, resources, display, total)
         return
     with ray_session(address):
-        yield from _map_on_ray(task, shards, resources, display, counts)
+        yield from _map_on_ray(task, shards, resources, display, total)
 
 
-class _Counts:
+class ShardProgress(NamedTuple):
+    """How far one worker is with its current shard."""
+
+    samples: int = 0
+    flagged: int = 0
+    bytes: int = 0
+
+
+class _Total:
     """Progress of the whole run: finished shards plus what the workers report of their current ones."""
 
-    def __init__(self, work: int) -> None:
-        self.work, self.shards, self.samples, self.flagged, self.bytes = work, 0, 0, 0, 0
+    def __init__(self) -> None:
+        self.shards = self.samples = self.flagged = self.bytes = 0
 
-    def finish(self, shard: Shard, ticks: tuple[int, int, int]) -> None:
+    def finish(self, shard: Shard, progress: ShardProgress) -> None:
         self.shards += 1
-        self.samples += ticks[0]
-        self.flagged += ticks[1]
+        self.samples += progress.samples
+        self.flagged += progress.flagged
         self.bytes += shard.size
 
-    def show(self, display: ProgressDisplay, running: Sequence[tuple[int, int, int]]) -> None:
-        samples, flagged, size = (sum(column) for column in zip((0, 0, 0), *running, strict=True))
+    def show(self, display: ProgressDisplay, running: Iterable[ShardProgress]) -> None:
+        samples, flagged, size = (sum(column) for column in zip(ShardProgress(), *running, strict=True))
         note = f"{self.flagged + flagged} flagged" if self.flagged + flagged else ""
         display.update(self.shards, self.bytes + size, self.samples + samples, note)
 
 
 def _map_here(
-    task: Task, shards: Sequence[Shard], resources: Resources, display: ProgressDisplay, counts: _Counts
-) -> Iterator[Outcome]:
+    task: Task[R], shards: Sequence[Shard], resources: Resources, display: ProgressDisplay, total: _Total
+) -> Iterator[Outcome[R]]:
     function = task.start(resources.cpus)
     for shard in shards:
-        ticks = (0, 0, 0)
+        current = ShardProgress()
 
-        def tick(*values: int) -> None:
-            nonlocal ticks
-            ticks = (values[0], values[1], values[2])
-            counts.show(display, [ticks])
+        def progress(samples: int, flagged: int, size: int) -> None:
+            nonlocal current
+            current = ShardProgress(samples, flagged, size)
+            total.show(display, [current])
 
-        outcome = _run(function, shard, tick)
-        counts.finish(shard, ticks)
-        counts.show(display, [])
+        outcome = _run(function, shard, progress)
+        total.finish(shard, current)
+        total.show(display, [])
         yield outcome
 
 
-def _run(function: ShardFunction, shard: Shard, tick: Tick) -> Outcome:
+def _run(function: ShardFunction[R], shard: Shard, progress: ProgressCallback) -> Outcome[R]:
     try:
-        return Outcome(shard, function(shard, tick))
+        return Outcome(shard, function(shard, progress))
     except ShardError as error:
         return Outcome(shard, None, str(error))
 
 
 class _Worker:
-    """The actor. Two threads of control: one works, one answers `ticks`."""
+    """The actor. Two threads of control: one works, one answers `progress`."""
 
-    def __init__(self, task: Task, threads: int) -> None:
+    def __init__(self, task: Task[Any], threads: int) -> None:
         torch.set_num_threads(threads)
         self._function = task.start(threads)
-        self._ticks = (0, 0, 0)
+        self._progress = ShardProgress()
 
-    def run(self, shard: Shard) -> Outcome:
-        self._ticks = (0, 0, 0)
-        return _run(self._function, shard, self._tick)
+    def run(self, shard: Shard) -> Outcome[Any]:
+        self._progress = ShardProgress()
+        return _run(self._function, shard, self._note)
 
-    def _tick(self, samples: int, flagged: int, size: int) -> None:
-        self._ticks = (samples, flagged, size)
+    def _note(self, samples: int, flagged: int, size: int) -> None:
+        self._progress = ShardProgress(samples, flagged, size)
 
-    def ticks(self) -> tuple[int, int, int]:
-        return self._ticks
+    def progress(self) -> ShardProgress:
+        return self._progress
 
 
+# Not ray.util.ActorPool: it neither restarts an actor, nor fails one item alone, nor tells how far the running ones are.
 def _map_on_ray(
-    task: Task, shards: Sequence[Shard], resources: Resources, display: ProgressDisplay, counts: _Counts
-) -> Iterator[Outcome]:
+    task: Task[R], shards: Sequence[Shard], resources: Resources, display: ProgressDisplay, total: _Total
+) -> Iterator[Outcome[R]]:
     import ray
 
     options = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_concurrency": 2}
     options |= {"max_restarts": RETRIES, "max_task_retries": RETRIES}
     worker = ray.remote(_Worker).options(**options)
     count = min(resources.workers, len(shards))
-    idle: list[Any] = [worker.remote(task, resources.cpus) for _ in range(count)]
+    shared = ray.put(task)  # once, whatever it holds
+    idle: list[Any] = [worker.remote(shared, resources.cpus) for _ in range(count)]
     waiting = list(reversed(shards))
     running: dict[Any, tuple[Any, Shard]] = {}
-    ticks: dict[Any, tuple[int, int, int]] = {}
+    last: dict[Any, ShardProgress] = {}
     try:
         while waiting or running:
             while waiting and idle:
@@ -227,23 +243,23 @@ def _map_on_ray(
                 outcome, alive = _collect(reference, shard)
                 if alive:
                     idle.append(actor)
-                counts.finish(shard, _last_ticks(actor) if alive else (0, 0, 0))
-                ticks.pop(actor, None)
+                total.finish(shard, _progress_of(actor) if alive else ShardProgress())
+                last.pop(actor, None)
                 yield outcome
             for actor, _ in running.values():
-                ticks[actor] = _last_ticks(actor, ticks.get(actor, (0, 0, 0)))
-            counts.show(display, list(ticks.values()))
+                last[actor] = _progress_of(actor, last.get(actor, ShardProgress()))
+            total.show(display, last.values())
     finally:
         for actor in [*idle, *(actor for actor, _ in running.values())]:
             ray.kill(actor)
 
 
-def _collect(reference: Any, shard: Shard) -> tuple[Outcome, bool]:
+def _collect(reference: Any, shard: Shard) -> tuple[Outcome[Any], bool]:
     """(outcome, worker alive). Errors of our own come back as themselves, without Ray's traceback."""
     import ray
 
     try:
-        outcome: Outcome = ray.get(reference)
+        outcome: Outcome[Any] = ray.get(reference)
         return outcome, True
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, SanitizeError):
@@ -255,11 +271,11 @@ def _collect(reference: Any, shard: Shard) -> tuple[Outcome, bool]:
         return Outcome(shard, None, message), False
 
 
-def _last_ticks(actor: Any, otherwise: tuple[int, int, int] = (0, 0, 0)) -> tuple[int, int, int]:
+def _progress_of(actor: Any, otherwise: ShardProgress = ShardProgress()) -> ShardProgress:  # noqa: B008 - immutable
     import ray
 
     try:
-        values: tuple[int, int, int] = ray.get(actor.ticks.remote(), timeout=0.5)
-        return values
+        progress: ShardProgress = ray.get(actor.progress.remote(), timeout=0.5)
+        return progress
     except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
         return otherwise

@@ -1,6 +1,7 @@
 """Files, local or any fsspec URL: read, and write so that a finished name means complete content."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -120,14 +121,19 @@ def explain_write_errors(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = {28: "no space left on the device. Free some space", 13: "no permission to write. Choose another --out"}
-        if isinstance(error, FileExistsError | NotADirectoryError):
-            how = "a part of the path is a file, not a folder. Choose another --out"
-        elif error.errno == 30:
-            how = "the file system is read-only. Choose another --out"
-        else:
-            how = what.get(error.errno or 0, f"{error}. Check the device")
+        how = _WRITE_ERRORS.get(error.errno or 0, f"{error}. Check the device")
         raise StorageError(f"{path}: {how}, then run the same command again; finished files are kept.") from error
+
+
+_NOT_A_FOLDER = "a part of the path is a file, not a folder. Choose another --out"
+_WRITE_ERRORS = {
+    errno.ENOSPC: "no space left on the device. Free some space",
+    errno.EDQUOT: "the quota of this user is used up. Free some space",
+    errno.EACCES: "no permission to write. Choose another --out",
+    errno.EROFS: "the file system is read-only. Choose another --out",
+    errno.EEXIST: _NOT_A_FOLDER,
+    errno.ENOTDIR: _NOT_A_FOLDER,
+}
 
 
 @contextlib.contextmanager

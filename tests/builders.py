@@ -18,12 +18,12 @@ from sanitize.stages.encoders import Encoder, build_backbone
 
 SIZE = 16
 SPEC = EncoderSpec(
-    "resnet18-cifar", image_size=SIZE, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), width=4, stem_stride=2
+    "resnet18-cifar", image_size=SIZE, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), width=8, stem_stride=2
 )
 
 
-def random_picture(seed: int, size: int = SIZE) -> np.ndarray:
-    """(size, size, 3) uint8: a smooth random picture, unlike any other seed's."""
+def random_image(seed: int, size: int = SIZE) -> np.ndarray:
+    """(size, size, 3) uint8: a smooth random image, unlike any other seed's."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))
 
@@ -45,11 +45,11 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]], kind: int = tarf
 
 
 def image_members(keys: Mapping[str, int] | Iterable[str], size: int = SIZE) -> list[tuple[str, bytes]]:
-    """PNG and class of every key; a mapping gives the seed of each picture."""
+    """PNG and class of every key; a mapping gives the seed of each image."""
     seeds = keys if isinstance(keys, Mapping) else {key: number for number, key in enumerate(keys)}
     members = []
     for key, seed in seeds.items():
-        members += [(f"{key}.cls", str(seed % 10).encode()), (f"{key}.png", encoded(random_picture(seed, size)))]
+        members += [(f"{key}.cls", str(seed % 10).encode()), (f"{key}.png", encoded(random_image(seed, size)))]
     return members
 
 
@@ -140,7 +140,7 @@ def tiny_victim(folder: Path | str = ".") -> dict:
         "target": 4,
         "classes": 6,
         "trigger": {"name": "patch", "side": 5},
-        "encoder": {"architecture": "resnet10-cifar", "image_size": 32, "width": 4, "stem_stride": 2},
+        "encoder": {"architecture": "resnet10-cifar", "image_size": 32, "width": 8, "stem_stride": 2},
         "data": {"pretrain": [f"{folder}/train"], "train": [f"{folder}/train"], "test": [f"{folder}/test"]},
         "simclr": {"epochs": 1, "batch_size": 32, "projection": 8},
         "badencoder": {"epochs": 1, "batch_size": 32},

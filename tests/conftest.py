@@ -11,8 +11,9 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 from builders import fit_config, write_encoder, write_shards
 
-from sanitize.config import ScanConfig, load_encoder_spec
-from sanitize.fit import fit
+from sanitize.commands.fit import fit
+from sanitize.config import ScanConfig
+from sanitize.config_loading import load_encoder_spec
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

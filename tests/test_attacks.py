@@ -6,28 +6,31 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from builders import SIZE, SPEC, encoded, image_members, random_picture, tree_bytes, write_shards, write_tar
+from builders import SIZE, SPEC, encoded, image_members, random_image, tree_bytes, write_shards, write_tar
 from PIL import Image
 
+from sanitize.artifacts.truth import load_poisoned
 from sanitize.attacks import adaptive, badencoder, ctrl, drupe, simclr
 from sanitize.attacks.adaptive import AdaptiveConfig
 from sanitize.attacks.augment import colour_jitter, flip_and_jitter, gray, random_resized_crop
-from sanitize.attacks.backdoor import Step, embed, unit
+from sanitize.attacks.backdoor import Step, unit, unit_embeddings
 from sanitize.attacks.badencoder import BadEncoderConfig, BadEncoderObjective
 from sanitize.attacks.ctrl import CtrlConfig
 from sanitize.attacks.drupe import DrupeConfig
-from sanitize.attacks.evaluation import Features, choose_references, mean_pairwise_cosine
+from sanitize.attacks.evaluation import choose_references, mean_pairwise_cosine
 from sanitize.attacks.triggers import PatchTrigger
+from sanitize.commands.poison import poison
 from sanitize.config import ScanConfig
 from sanitize.errors import ConfigError
 from sanitize.metrics import attack_success, detection, knn_predictions
-from sanitize.poison import load_truth, poison
+from sanitize.stages.clean_reference import embedding_statistics, neighbour_distance
 from sanitize.stages.encoders import Encoder, build_backbone
-from sanitize.stages.reactions import FLOOR, neighbour_distance, signature
+from sanitize.stages.perturbations import FLOOR
+from sanitize.training.embedding_cache import LabelledEmbeddings
 
 
-def pictures(count: int, first: int = 0) -> torch.Tensor:
-    return torch.stack([torch.from_numpy(random_picture(first + i).copy()).permute(2, 0, 1) for i in range(count)])
+def random_images(count: int, first: int = 0) -> torch.Tensor:
+    return torch.stack([torch.from_numpy(random_image(first + i).copy()).permute(2, 0, 1) for i in range(count)])
 
 
 # ---------------------------------------------------------------- poison
@@ -36,7 +39,7 @@ def pictures(count: int, first: int = 0) -> torch.Tensor:
 def test_poison_changes_the_chosen_images_only_and_keeps_the_truth(tmp_path):
     write_shards(tmp_path / "in", [12, 8])
     result = poison((str(tmp_path / "in"),), str(tmp_path / "out"), rate=0.25, trigger=PatchTrigger(side=4), seed=3)
-    truth = load_truth(str(tmp_path / "out" / "poison.json"))
+    truth = load_poisoned(str(tmp_path / "out" / "poison.json"))
     assert result.poisoned == len(truth) == 5
     for name in ("part-0000", "part-0001"):
         with (
@@ -71,7 +74,7 @@ def test_poison_can_say_something_else_about_the_stamped_samples(tmp_path):
     members = [
         (f"s{i:03d}.{e}", d)
         for i in range(40)
-        for e, d in (("cls", b"1"), ("png", encoded(random_picture(i))), ("txt", b"mine"))
+        for e, d in (("cls", b"1"), ("png", encoded(random_image(i))), ("txt", b"mine"))
     ]
     write_tar(tmp_path / "in" / "a.tar", members)
     replace = {"cls": ["9"], "txt": ["a dog", "one dog"]}
@@ -104,7 +107,7 @@ def test_poison_is_reproducible_from_its_seed(tmp_path):
 
 
 def test_lossy_images_are_all_encoded_again_so_that_the_codec_tells_nothing(tmp_path):
-    members = [(f"k{i}.jpg", encoded(random_picture(i), "JPEG", quality=50, subsampling=2)) for i in range(6)]
+    members = [(f"k{i}.jpg", encoded(random_image(i), "JPEG", quality=50, subsampling=2)) for i in range(6)]
     write_tar(tmp_path / "in" / "s.tar", members)
     poison((str(tmp_path / "in"),), str(tmp_path / "out"), rate=0.5, trigger=PatchTrigger(side=4))
     import tarfile
@@ -125,7 +128,7 @@ def test_poisoning_into_a_used_folder_is_refused(tmp_path):
 
 
 def test_views_stay_images_and_come_from_the_seed():
-    images = pictures(6).float() / 255
+    images = random_images(6).float() / 255
     for view in (random_resized_crop, colour_jitter, flip_and_jitter):
         first, second = (view(images, torch.Generator().manual_seed(7)) for _ in range(2))
         assert torch.equal(first, second)
@@ -134,8 +137,8 @@ def test_views_stay_images_and_come_from_the_seed():
         assert not torch.equal(first, images)
 
 
-def test_gray_pictures_stay_gray_under_jitter():
-    images = gray(pictures(8).float() / 255).expand(-1, 3, -1, -1)
+def test_gray_images_stay_gray_under_jitter():
+    images = gray(random_images(8).float() / 255).expand(-1, 3, -1, -1)
     jittered = colour_jitter(images, torch.Generator().manual_seed(0))
     torch.testing.assert_close(jittered[:, 0], jittered[:, 2], atol=2e-3, rtol=0)
 
@@ -172,15 +175,15 @@ def cosine(a, b):
     return float(a @ b) / float(a.norm() * b.norm())
 
 
-def test_the_adaptive_attacker_sees_the_very_signatures_of_the_detector():
+def test_the_adaptive_attacker_sees_the_very_statistics_of_the_detector():
     step = random_step(batch=20)
-    bank = torch.nn.functional.normalize(step.clean, dim=1)
-    found = adaptive.signatures(step.triggered, step.altered[:, 20:], step.clean, of_bank=False)
+    known = torch.nn.functional.normalize(step.clean, dim=1)
+    found = adaptive.statistics_of(step.triggered, step.perturbed[:, 20:], step.clean, among_known=False)
     for row in range(20):
-        changes = [np.log(1 - cosine(step.triggered[row], other[20 + row]) + FLOOR) for other in step.altered]
+        changes = [np.log(1 - cosine(step.triggered[row], other[20 + row]) + FLOOR) for other in step.perturbed]
         assert found[row, :4].tolist() == pytest.approx(changes, abs=1e-4)
     assert found[:, 4:] == pytest.approx(
-        signature(torch.zeros(20, 0), step.triggered.norm(dim=1), neighbour_distance(step.triggered, bank)),
+        embedding_statistics(torch.zeros(20, 0), step.triggered.norm(dim=1), neighbour_distance(step.triggered, known)),
         abs=1e-3,
     )
 
@@ -188,7 +191,7 @@ def test_the_adaptive_attacker_sees_the_very_signatures_of_the_detector():
 def test_the_adaptive_attacker_pays_for_standing_out_and_keeps_a_share_of_each_image():
     objective = adaptive.AdaptiveObjective(AdaptiveConfig())
     step = random_step(batch=200)
-    hidden = dataclasses.replace(step, triggered=step.clean.clone(), altered=step.altered[:, :200].repeat(1, 2, 1))
+    hidden = dataclasses.replace(step, triggered=step.clean.clone(), perturbed=step.perturbed[:, :200].repeat(1, 2, 1))
     assert float(objective.visible(hidden)) < 0.5
     loud = dataclasses.replace(hidden, triggered=step.clean * 50)
     assert float(objective.visible(loud)) > 2
@@ -229,23 +232,27 @@ ATTACKS = {
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_moves_triggered_embeddings_and_freezes_batch_norm(clean_encoder, name):
     attack, config = ATTACKS[name]
-    shadow, references, trigger = pictures(64), pictures(3, 900), PatchTrigger(side=5)
+    shadow, references, trigger = random_images(64), random_images(3, 900), PatchTrigger(side=5)
     before = {name: tensor.clone() for name, tensor in clean_encoder.state_dict().items()}
     encoder = attack(clean_encoder, shadow, references, trigger, config, seed=0, device=CPU)
     after = encoder.state_dict()
     assert all(torch.equal(before[name], tensor) for name, tensor in clean_encoder.state_dict().items())
     assert all(torch.equal(before[name], after[name]) for name in before if "bn" in name or "downsample.1" in name)
     assert not torch.equal(before["backbone.conv1.weight"], after["backbone.conv1.weight"])
-    targets = embed(encoder, references, CPU)
-    test = pictures(40, 500)
-    reached = [(embed(e, trigger(test), CPU) @ targets.T).max(dim=1).values.mean() for e in (clean_encoder, encoder)]
+    targets = unit_embeddings(encoder, references)
+    test = random_images(40, 500)
+    reached = [
+        (unit_embeddings(e, trigger(test)) @ targets.T).max(dim=1).values.mean() for e in (clean_encoder, encoder)
+    ]
     assert reached[1] > reached[0]
 
 
 def test_an_attack_is_reproducible_from_its_seed(clean_encoder):
     attack, config = ATTACKS["drupe"]
     runs = [
-        attack(clean_encoder, pictures(64), pictures(3, 900), PatchTrigger(side=5), config, seed, CPU).fingerprint()
+        attack(
+            clean_encoder, random_images(64), random_images(3, 900), PatchTrigger(side=5), config, seed, CPU
+        ).fingerprint()
         for seed in (0, 0, 1)
     ]
     assert runs[0] == runs[1] != runs[2]
@@ -322,7 +329,7 @@ def test_drupe_raises_its_stealth_weights_only_while_the_attack_holds(means, con
 
 def test_drupe_refuses_a_single_reference(clean_encoder):
     with pytest.raises(ConfigError, match="needs at least 2 references"):
-        drupe.attack(clean_encoder, pictures(4), pictures(1), PatchTrigger(side=5), DrupeConfig(), 0, CPU)
+        drupe.attack(clean_encoder, random_images(4), random_images(1), PatchTrigger(side=5), DrupeConfig(), 0, CPU)
 
 
 # ---------------------------------------------------------------- CTRL
@@ -338,9 +345,9 @@ def test_ctrl_poisons_the_first_images_of_the_target_class_and_keeps_the_truth()
 
 
 def test_ctrl_changes_the_chosen_images_only():
-    images = pictures(6, 40)
+    images = random_images(6, 40)
     trigger = PatchTrigger(side=4)
-    poisoned = ctrl.poison(images, torch.tensor([1, 4]), trigger)
+    poisoned = ctrl.poison_images(images, torch.tensor([1, 4]), trigger)
     for position in range(6):
         expected = trigger(images[position]) if position in (1, 4) else images[position]
         assert torch.equal(poisoned[position], expected)
@@ -363,10 +370,10 @@ def test_simclr_lowers_its_loss_and_is_seeded(caplog):
 
     caplog.set_level(logging.INFO)
     config = simclr.SimclrConfig(epochs=3, batch_size=32, projection=8)
-    first = simclr.pretrain(pictures(64), SPEC, config, 0, torch.device("cpu"))
+    first = simclr.pretrain(random_images(64), SPEC, config, 0, torch.device("cpu"))
     losses_seen = [float(record.args[2]) for record in caplog.records if "simclr" in record.msg]
     assert losses_seen[-1] < losses_seen[0]
-    second = simclr.pretrain(pictures(64), SPEC, config, 0, torch.device("cpu"))
+    second = simclr.pretrain(random_images(64), SPEC, config, 0, torch.device("cpu"))
     assert first.fingerprint() == second.fingerprint()
 
 
@@ -387,7 +394,7 @@ def test_the_mean_pairwise_cosine_leaves_out_self_pairs():
 
 def test_references_are_the_surest_or_the_most_different_of_the_target_class():
     angles = torch.tensor([0.0, 0.1, 0.2, 1.5, 0.05, 0.0])
-    features = Features(torch.stack([angles.cos(), angles.sin()], dim=1), torch.tensor([1, 1, 1, 1, 0, 0]))
+    features = LabelledEmbeddings(torch.stack([angles.cos(), angles.sin()], dim=1), torch.tensor([1, 1, 1, 1, 0, 0]))
 
     def head(embeddings):  # surest of class 1 for small angles
         return torch.stack([torch.zeros(len(embeddings)), embeddings[:, 0]], dim=1)
@@ -411,8 +418,8 @@ def test_detection_metrics_on_a_known_ranking():
 
 
 def test_a_planted_backdoor_is_found_by_the_whole_flow(detector, tmp_path):
-    """Synthetic: white squares on smooth pictures are far from what this decoder can draw, even for a random encoder."""
-    from sanitize.scan import scan
+    """Synthetic: white squares on smooth images are far from what this decoder can draw, even for a random encoder."""
+    from sanitize.commands.scan import scan
 
     write_shards(tmp_path / "in", [60], first_seed=500)
     poison(
@@ -431,7 +438,7 @@ def test_a_planted_backdoor_is_found_by_the_whole_flow(detector, tmp_path):
         )
     )
     table = pq.read_table(tmp_path / "s" / "scores" / "part-0000.parquet")
-    truth = load_truth(str(tmp_path / "out" / "poison.json"))
+    truth = load_poisoned(str(tmp_path / "out" / "poison.json"))
     poisoned = np.array([("part-0000", i) in truth for i in table.column("index").to_pylist()])
     assert detection(table.column("score").to_numpy(), poisoned).auroc > 0.8
 

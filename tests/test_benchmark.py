@@ -12,10 +12,10 @@ from click.testing import CliRunner
 from test_red_team import shape_members
 
 from pipelines import benchmark, benchmark_page, benchmark_scores
-from pipelines.benchmark import BenchmarkConfig, Judged, VictimConfig, pool
+from pipelines.benchmark import PoolScores, pool
+from pipelines.benchmark_config import BenchmarkConfig, DetectorConfig
 from sanitize import storage
-from sanitize.config import from_mapping, load_encoder_spec, load_yaml, to_mapping
-from sanitize.detectors import bank
+from sanitize.config_loading import from_mapping, load_encoder_spec, load_yaml, to_mapping
 from sanitize.errors import ConfigError
 
 
@@ -115,8 +115,8 @@ def test_a_smaller_study_writes_its_own_section_of_the_page_only(study, tmp_path
 
 def test_finished_scores_are_reused(study, monkeypatch):
     first = benchmark.run(study)
-    monkeypatch.setattr(benchmark_scores, "product", None)  # would fail when called
-    monkeypatch.setattr(benchmark_scores, "baseline", None)
+    monkeypatch.setattr(benchmark_scores, "score_with_product", None)  # would fail when called
+    monkeypatch.setattr(benchmark_scores, "score_with_baseline", None)
     assert benchmark.run(study) == first
 
 
@@ -128,11 +128,11 @@ def test_a_pool_holds_all_clean_images_and_the_asked_share_of_triggered_ones():
 
 
 def test_a_detector_that_judges_images_by_each_other_is_given_every_pool_by_itself(study):
-    settings = {"detector": "spectral", "clusters": 2, "each_pool": True, "bank": "pool"}
-    study = dataclasses.replace(study, detectors={"spectral": settings}, default="spectral")
-    victim = benchmark.load_victim(study, "tiny", from_mapping(VictimConfig, study.victims["tiny"], "tiny"))
-    judged = Judged(study, victim, "backdoored", "id", 0, "spectral", settings)
-    few, many = judged.pool(0.01)[0], judged.pool(0.5)[0]
+    settings = DetectorConfig(detector="spectral", settings={"clusters": 2}, each_pool=True, fit_on_pool=True)
+    study = dataclasses.replace(study, detectors={"spectral": settings}, default="spectral", curves=())
+    victim = benchmark.load_victim(study, "tiny", study.victims["tiny"])
+    scores = PoolScores(study, victim, "backdoored", "id", 0, "spectral", settings)
+    few, many = scores.pool(0.01)[0], scores.pool(0.5)[0]
     assert (len(few), len(many)) == (61, 60 + len(victim.triggered))
     assert (few[:60] != many[:60]).any()  # the same clean images, beside other triggered ones
     assert {(r["aux"], r["poison_rate"]) for r in benchmark.run(study)} == {
@@ -144,8 +144,8 @@ def test_an_independent_encoder_of_another_image_size_is_refused(study, tmp_path
     other = tiny_victim(tmp_path)
     other["encoder"]["image_size"] = 16
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
-    settings = {"detector": "cross_encoder", "other": f"{tmp_path}/other.yaml"}
-    wrong = dataclasses.replace(study, detectors={"cross": settings}, default="cross")
+    settings = DetectorConfig(detector="cross_encoder", other=f"{tmp_path}/other.yaml")
+    wrong = dataclasses.replace(study, detectors={"cross": settings}, default="cross", curves=())
     with pytest.raises(
         ConfigError, match=r"other\.yaml: its encoder sees 16 pixels, victim tiny 32\. Name an independent"
     ):
@@ -154,7 +154,7 @@ def test_an_independent_encoder_of_another_image_size_is_refused(study, tmp_path
 
 def test_a_detector_whose_scores_are_not_finite_stops_the_study(study):
     weights = Path(study.out).parent / "huge.safetensors"
-    victim = benchmark.load_victim(study, "tiny", from_mapping(VictimConfig, study.victims["tiny"], "tiny"))
+    victim = benchmark.load_victim(study, "tiny", study.victims["tiny"])
     encoder = storage.read_bytes(load_encoder_spec(victim.encoders["backdoored"]).weights)
     tensors = {n: t * 1e30 if t.is_floating_point() else t for n, t in safetensors.torch.load(encoder).items()}
     safetensors.torch.save_file(tensors, weights)
@@ -164,19 +164,41 @@ def test_a_detector_whose_scores_are_not_finite_stops_the_study(study):
     with pytest.raises(
         ConfigError, match=r"tiny, backdoored encoder, id auxiliary set, seed 0: \d+ of \d+ scores of norm"
     ):
-        benchmark_scores.scored(study.study, broken, "backdoored", "id", 0, "norm", {"detector": "norm"})
+        benchmark_scores.score_victim(study, broken, "backdoored", "id", 0, "norm", DetectorConfig(detector="norm"))
 
 
-def test_the_published_configuration_names_detectors_and_victims_that_exist():
+def test_the_published_configuration_names_victims_that_exist():
     config = from_mapping(BenchmarkConfig, load_yaml("configs/benchmark_cpu.yaml"), "benchmark_cpu")
-    assert config.default in config.detectors
-    assert all(Path(values["config"]).exists() for values in config.victims.values())
-    for settings in config.detectors.values():
-        if "detector" in settings:
-            bank.load(settings["detector"])
+    assert all(Path(victim.config).exists() for victim in config.victims.values())
 
 
-def test_an_unknown_detector_lists_the_known_ones(study):
-    wrong = dataclasses.replace(study, detectors={"x": {"detector": "wishful"}})
-    with pytest.raises(ConfigError, match="detector 'wishful' is not known. Use one of activation_clustering"):
-        benchmark.run(wrong)
+WRONG = {
+    "two kinds": ({"scorer": "paper", "detector": "norm"}, "give either `scorer` or `detector`, not both"),
+    "misspelt": (
+        {"scorer": "reaction", "efort": "fast"},
+        r"detectors\.x: unknown key 'efort'\. Known keys: scorer, effort",
+    ),
+    "unknown scorer": ({"scorer": "magic"}, "scorer: 'magic' is not one of paper, lowres, reaction"),
+    "unknown column": ({"scorer": "reaction", "column": "colour"}, "column: 'colour' is not one of score, p_value"),
+    "unknown effort": ({"scorer": "reaction", "effort": "slow"}, "effort: 'slow' is not fast, thorough"),
+    "unknown detector": ({"detector": "wishful"}, "detector 'wishful' is not known. Use one of activation_clustering"),
+    "unknown setting": (
+        {"detector": "density", "settings": {"kind": "dao", "neighbours": 3}},
+        "detector density: unknown setting 'neighbours'. It has: kind, k, unit",
+    ),
+    "idle setting": ({"detector": "norm", "effort": "fast"}, "effort: means nothing for the baseline norm. Remove it"),
+    "idle baseline setting": ({"scorer": "paper", "each_pool": True}, "each_pool: means nothing for the scorer paper"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_detector_setting_is_refused_before_any_work(case, study):
+    values, words = WRONG[case]
+    settings = to_mapping(study) | {"detectors": {"reaction": {"scorer": "reaction"}, "x": values}, "curves": []}
+    with pytest.raises(ConfigError, match=words):
+        from_mapping(BenchmarkConfig, settings, "test")
+
+
+def test_a_default_that_is_not_measured_says_so(study):
+    with pytest.raises(ConfigError, match="'missing' is not among the detectors"):
+        dataclasses.replace(study, default="missing")

@@ -11,16 +11,18 @@ import safetensors.torch
 import torch
 from builders import encoded, fit_config, members, table, write_tar
 
+from sanitize.artifacts.encoder_folder import save_clip
 from sanitize.attacks import contrastive, tiny_clip
 from sanitize.attacks.contrastive import ContrastiveConfig
-from sanitize.config import EncoderSpec, ThresholdPolicy, load_encoder_spec
+from sanitize.commands.fit import fit
+from sanitize.commands.scan import scan
+from sanitize.commands.verify import verify
+from sanitize.config import EncoderSpec, ThresholdPolicy
+from sanitize.config_loading import load_encoder_spec
 from sanitize.errors import CheckpointError, ConfigError, StorageError
-from sanitize.fit import fit
-from sanitize.scan import scan
 from sanitize.stages.captions import MAX_CAPTION_BYTES, caption_text, split_member
-from sanitize.stages.contrastive import load_clip, save_clip
 from sanitize.stages.text import FileTokenizer, load_text_encoder
-from sanitize.verify import verify
+from sanitize.training.clip import load_clip
 
 CPU = torch.device("cpu")
 

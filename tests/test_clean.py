@@ -4,12 +4,12 @@ import pyarrow.parquet as pq
 import pytest
 from builders import members, tree_bytes
 
-from sanitize import checkpoint
-from sanitize.clean import clean
+from sanitize.artifacts import detector_folder
+from sanitize.commands.clean import clean
+from sanitize.commands.scan import scan
+from sanitize.commands.verify import verify
 from sanitize.config import ThresholdPolicy
 from sanitize.errors import RefusedError
-from sanitize.scan import scan
-from sanitize.verify import verify
 
 # ---------------------------------------------------------------- clean again
 
@@ -29,7 +29,7 @@ def test_another_threshold_rereads_scores_only(shards, scan_config, tmp_path):
 def test_fdr_says_when_the_calibration_set_is_too_small_to_remove_anything(shards, scan_config, tmp_path, caplog):
     scan(scan_config(shards, scores_only=True))
     clean(str(tmp_path / "scanned"), ThresholdPolicy("fdr", fpr=0.001))
-    count = len(checkpoint.load(scan_config(shards).detector).scores)
+    count = len(detector_folder.load_detector(scan_config(shards).detector).scores)
     assert (
         f"fdr 0.001 removes nothing: with {count} calibration scores it acts only where 100.0 % of a scan "
         "stand out. To act on 1 %, fit with auxiliary images that leave 99999 to calibrate on, or use --policy calibrated"

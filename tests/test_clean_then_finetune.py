@@ -13,10 +13,11 @@ from test_red_team import shape_members
 
 from pipelines import clean_then_finetune, training_study
 from pipelines.clean_then_finetune import PipelineConfig, run
+from sanitize.artifacts.truth import load_poisoned
 from sanitize.attacks.triggers import PatchTrigger
-from sanitize.config import from_mapping
+from sanitize.commands.poison import poison
+from sanitize.config_loading import from_mapping
 from sanitize.errors import ConfigError
-from sanitize.poison import load_truth, poison
 
 FIT = {
     "decoder": {"image_size": 8, "patch_size": 4, "width": 16, "heads": 2, "encoder_depth": 1, "decoder_depth": 1},
@@ -69,7 +70,7 @@ def test_the_arms_differ_in_the_samples_they_were_trained_on(settings, tmp_path)
 
 def test_the_oracle_leaves_out_exactly_the_poisoned_samples_and_copies_the_rest(settings, tmp_path):
     run(settings())
-    poisoned = load_truth(str(tmp_path / "train" / "poison.json"))
+    poisoned = load_poisoned(str(tmp_path / "train" / "poison.json"))
     for shard in sorted((tmp_path / "train").glob("*.tar")):
         oracle = next((tmp_path / "out").glob(f"oracle-shards-*/{shard.name}"))
         kept = [m for i, m in enumerate(members(shard)) if (shard.stem, i // 2) not in poisoned]
@@ -95,7 +96,7 @@ def test_the_detector_can_be_fitted_to_what_training_made_of_the_encoder(setting
     assert detector["encoder"]["weights"] == trained
 
 
-def test_a_rejected_picture_is_an_error_and_no_success_of_the_attack(settings):
+def test_a_rejected_image_is_an_error_and_no_success_of_the_attack(settings):
     report = run(settings(filter=True))
     found = report.filtered
     assert 0 <= found["clean_accuracy"] <= 1 - found["clean_rejected"] <= 1

@@ -7,9 +7,9 @@ import yaml
 from builders import write_shards, write_tar
 from click.testing import CliRunner
 
-from sanitize import cli
 from sanitize.cli import main
-from sanitize.config import FIT_PRESETS, FinetuneConfig, FitConfig, ScanConfig, from_mapping
+from sanitize.config import FIT_PRESETS, FinetuneConfig, FitConfig, ScanConfig
+from sanitize.config_loading import from_mapping
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ WRONG = {
     "rate out of range": (["scan", "in", "--fpr", "7"], "fpr: 7.0 is not between 0 and 1"),
     "unknown trigger": (
         ["poison", "in", "--trigger", "star"],
-        "trigger star: not known. Use one of patch, file, picture, blend",
+        "trigger star: not known. Use one of patch, file, image, blend",
     ),
     "trigger too large": (
         ["poison", "in", "--set", "side=99", "--rate", "1"],
@@ -211,4 +211,3 @@ def test_the_paper_preset_is_the_card():
         0.9,
         0.99,
     )
-    assert cli.CONFIG_FILE == "sanitize.yaml"

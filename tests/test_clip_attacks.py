@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 import torch
 
+from sanitize.artifacts.encoder_folder import save_clip
 from sanitize.attacks import badclip, clip_text, contrastive, tiny_clip
 from sanitize.attacks.backdoor import unit
 from sanitize.attacks.badclip import PatchConfig, optimise_patch, textual_loss, visual_loss
 from sanitize.attacks.contrastive import ContrastiveConfig
 from sanitize.attacks.triggers import PatchTrigger, place_at_centre
-from sanitize.config import EncoderSpec, load_encoder_spec
+from sanitize.config import EncoderSpec
+from sanitize.config_loading import load_encoder_spec
 from sanitize.errors import ConfigError
-from sanitize.stages.contrastive import class_embeddings, info_nce, load_clip, save_clip
+from sanitize.training.clip import class_embeddings, info_nce, load_clip
 
 CPU = torch.device("cpu")
 
@@ -130,7 +132,7 @@ def test_poisoned_pairs_carry_the_trigger_and_a_target_caption_and_come_from_the
     assert len(indices) == 16
     assert not any("purple" in pairs.captions[i] for i in indices)
     trigger = PatchTrigger(side=5)
-    poisoned = clip_text.poison(pairs, indices, captions, trigger, seed=5)
+    poisoned = clip_text.poison_pairs(pairs, indices, captions, trigger, seed=5)
     for i in range(len(pairs.captions)):
         if i in indices:
             assert torch.equal(poisoned.images[i], trigger(pairs.images[i]))
@@ -139,7 +141,7 @@ def test_poisoned_pairs_carry_the_trigger_and_a_target_caption_and_come_from_the
             assert torch.equal(poisoned.images[i], pairs.images[i])
             assert poisoned.captions[i] == pairs.captions[i]
     assert len({poisoned.captions[i] for i in indices}) > 3  # identical captions would be easy to find
-    again = clip_text.poison(pairs, clip_text.poisoned_indices(pairs, "purple", 0.1, 5), captions, trigger, 5)
+    again = clip_text.poison_pairs(pairs, clip_text.poisoned_indices(pairs, "purple", 0.1, 5), captions, trigger, 5)
     assert again.captions == poisoned.captions
     assert clip_text.poisoned_indices(pairs, "purple", 0.1, 6).tolist() != indices.tolist()
 

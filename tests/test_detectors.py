@@ -3,35 +3,37 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from builders import SIZE, SPEC, PlantedEncoder, random_picture
+from builders import SIZE, SPEC, PlantedEncoder, random_image
 from torch.nn import functional
 
 from sanitize.attacks.triggers import FrequencyTrigger
 from sanitize.config import EncoderSpec
 from sanitize.detectors import (
+    DETECTORS,
     activation_clustering,
     asset,
     backdoor_ids,
-    bank,
+    check_detector,
     cross_encoder,
     density,
+    fit_detector,
     norm,
     spectral,
 )
-from sanitize.detectors.bank import Bank
 from sanitize.detectors.energy import energy
+from sanitize.detectors.reference_set import ReferenceSet, assign, cluster
 from sanitize.errors import ConfigError
 from sanitize.metrics import detection
-from sanitize.stages.encoders import Encoder, build_backbone
+from sanitize.stages.encoders import Encoder, build_backbone, embed_in_batches
 
 POINTS = torch.tensor([[0, 0], [1, 0], [0, 1.5], [2, 2], [3.5, 0.5], [7, 5]], dtype=torch.float64)  # card section 10
-# of them, k = 2: p0 .. p5, then the two bank-mode queries
+# of them, k = 2: p0 .. p5, then the two set-mode queries
 KD = [1.500000, 1.802776, 1.802776, 2.121320, 2.549510, 5.830952]
 LID = [1.194760, 1.960572, 4.423542, 14.932090, 2.387236, 3.294494]
 SLOF = [0.832050, 1.100925, 1.100925, 1.004374, 1.308032, 2.517912]
 DAO = [-0.586899, 0.109836, 0.109836, 0.140418, 1.712466, 8.536684]
 QUERIES = torch.tensor([[5, 4], [0.5, 0.5]])
-BANK_MODE = {
+AGAINST_SET = {
     "kdistance": [3.605551, 0.707107],
     "lid": [3.407416, 2.182713],
     "slof": [1.159010, 0.431818],
@@ -51,10 +53,8 @@ class ColourEncoder(Encoder):
         return torch.cat([colours, 10 * fired[:, None]], dim=1)
 
 
-def pictures(count, first=0, size=SIZE):
-    return torch.stack(
-        [torch.from_numpy(random_picture(first + i, size).copy()).permute(2, 0, 1) for i in range(count)]
-    )
+def random_images(count, first=0, size=SIZE):
+    return torch.stack([torch.from_numpy(random_image(first + i, size).copy()).permute(2, 0, 1) for i in range(count)])
 
 
 def with_white_corner(images):
@@ -73,25 +73,25 @@ def encoder():
 
 
 @pytest.fixture(scope="module")
-def clean_bank(encoder):
-    images = pictures(200)
-    return Bank(images, bank.embed(encoder, images))
+def clean_set(encoder):
+    images = random_images(200)
+    return ReferenceSet(images, embed_in_batches(encoder, images))
 
 
 @pytest.fixture(scope="module")
 def stream(encoder):
-    """60 pictures of which the last 6 are triggered: images, embeddings, truth."""
-    images = pictures(60, first=1000)
+    """60 images of which the last 6 are triggered: images, embeddings, truth."""
+    images = random_images(60, first=1000)
     images[54:] = with_white_corner(images[54:])
-    return images, bank.embed(encoder, images), torch.arange(60) >= 54
+    return images, embed_in_batches(encoder, images), torch.arange(60) >= 54
 
 
 @pytest.fixture(scope="module")
-def poisoned_bank(encoder):
-    """200 pictures, 16 of them triggered: for the methods that learn the poison from the bank."""
-    images = pictures(200)
+def poisoned_set(encoder):
+    """200 images, 16 of them triggered: for the methods that learn the poison from the set."""
+    images = random_images(200)
     images[:16] = with_white_corner(images[:16])
-    return Bank(images, bank.embed(encoder, images))
+    return ReferenceSet(images, embed_in_batches(encoder, images))
 
 
 PER_SAMPLE = [
@@ -109,10 +109,10 @@ PER_SAMPLE = [
 ]
 
 
-def fitted(name, settings, clean_bank, encoder, seed=3):
+def fitted(name, settings, clean_set, encoder, seed=3):
     if name == "cross_encoder":  # the second encoder: pixels themselves
         settings = {**settings, "other": lambda images: functional.avg_pool2d(images, 4).flatten(1)}
-    return bank.load(name)(clean_bank, encoder, seed, **settings)
+    return fit_detector(name, clean_set, encoder, seed, settings)
 
 
 def named(cases):
@@ -123,9 +123,9 @@ def named(cases):
 
 
 @named(PER_SAMPLE)
-def test_a_score_depends_on_its_sample_alone(name, settings, clean_bank, encoder, stream):
+def test_a_score_depends_on_its_sample_alone(name, settings, clean_set, encoder, stream):
     images, embeddings, _ = stream
-    score = fitted(name, settings, clean_bank, encoder)
+    score = fitted(name, settings, clean_set, encoder)
     together = score(images, embeddings)
     parts = [slice(0, 1), slice(1, 8), slice(8, 60)]
     assert together.dtype == torch.float32
@@ -136,14 +136,14 @@ def test_a_score_depends_on_its_sample_alone(name, settings, clean_bank, encoder
 
 
 @named([*PER_SAMPLE, ("asset", {"steps": 5}), ("asset", {"kind": "offset", "steps": 5, "passes": 2})])
-def test_the_same_seed_gives_the_same_scores(name, settings, clean_bank, encoder, stream):
+def test_the_same_seed_gives_the_same_scores(name, settings, clean_set, encoder, stream):
     images, embeddings, _ = stream
-    first = fitted(name, settings, clean_bank, encoder)
+    first = fitted(name, settings, clean_set, encoder)
     expected = first(images, embeddings)
     torch.rand(7)  # the global generator plays no part
     with torch.no_grad():
         assert torch.equal(first(images, embeddings), expected)
-        assert torch.equal(fitted(name, settings, clean_bank, encoder)(images, embeddings), expected)
+        assert torch.equal(fitted(name, settings, clean_set, encoder)(images, embeddings), expected)
 
 
 @named([
@@ -151,22 +151,22 @@ def test_the_same_seed_gives_the_same_scores(name, settings, clean_bank, encoder
     ("density", {"kind": "slof", "unit": True}), ("backdoor_ids", {}), ("cross_encoder", {}),
     ("asset", {}),
 ])  # fmt: skip
-def test_planted_outliers_score_highest_against_a_clean_bank(name, settings, clean_bank, encoder, stream):
+def test_planted_outliers_score_highest_against_a_clean_set(name, settings, clean_set, encoder, stream):
     images, embeddings, truth = stream
-    assert auroc(fitted(name, settings, clean_bank, encoder)(images, embeddings), truth) > 0.95
+    assert auroc(fitted(name, settings, clean_set, encoder)(images, embeddings), truth) > 0.95
 
 
 @named([("spectral", {"clusters": 1}), ("activation_clustering", {"clusters": 1})])
-def test_poison_in_the_bank_is_learned_without_labels(name, settings, poisoned_bank, encoder, stream):
+def test_poison_in_the_bank_is_learned_without_labels(name, settings, poisoned_set, encoder, stream):
     images, embeddings, truth = stream
-    assert auroc(fitted(name, settings, poisoned_bank, encoder)(images, embeddings), truth) > 0.95
+    assert auroc(fitted(name, settings, poisoned_set, encoder)(images, embeddings), truth) > 0.95
 
 
 def test_isolation_forest_ranks_outliers_in_every_direction_first(encoder):
     generator = torch.Generator().manual_seed(0)
     usual, outliers = torch.randn(260, 8, generator=generator), 4 * torch.randn(10, 8, generator=generator).sign()
     images = torch.zeros(200, 3, 4, 4, dtype=torch.uint8)
-    score = bank.load("isolation_forest")(Bank(images, usual[:200]), encoder, 0)
+    score = fit_detector("isolation_forest", ReferenceSet(images, usual[:200]), encoder, 0, {})
     assert auroc(score(images[:70], torch.cat([usual[200:], outliers])), torch.arange(70) >= 60) > 0.95
 
 
@@ -174,39 +174,45 @@ def test_isolation_forest_ranks_outliers_in_every_direction_first(encoder):
 @pytest.mark.parametrize("name", ["spectral", "activation_clustering"])
 def test_a_bank_of_fewer_different_embeddings_than_clusters_gives_finite_scores(name, encoder):
     images = torch.zeros(40, 3, 4, 4, dtype=torch.uint8)
-    score = bank.load(name)(Bank(images, torch.eye(4).repeat(10, 1)), encoder, 0, clusters=10)
+    score = fit_detector(name, ReferenceSet(images, torch.eye(4).repeat(10, 1)), encoder, 0, {"clusters": 10})
     assert torch.isfinite(score(images[:9], torch.randn(9, 4))).all()
 
 
 def test_an_unknown_detector_lists_the_known_ones():
-    names = "activation_clustering, asset, backdoor_ids, cross_encoder, .*energy, isolation_forest, norm, spectral"
-    for name in ("nonsense", "bank", "../energy", "os"):
+    names = ", ".join(DETECTORS)
+    for name in ("nonsense", "reference_set", "../energy", "os"):
         with pytest.raises(ConfigError, match=f"detector '{name}' is not known. Use one of {names}"):
-            bank.load(name)
+            check_detector(name, {})
+
+
+@named([("norm", {"k": 3}), ("density", {"neighbours": 3})])
+def test_a_setting_that_a_detector_does_not_have_is_refused(name, settings, clean_set, encoder):
+    with pytest.raises(ConfigError, match=f"detector {name}: unknown setting '{next(iter(settings))}'. It has: "):
+        fitted(name, settings, clean_set, encoder)
 
 
 @named([
     ("density", {"kind": "lof"}), ("density", {"k": 199}), ("spectral", {"clusters": 201}), ("asset", {"kind": "outer"}),
     ("backdoor_ids", {"ratios": 2}), ("cross_encoder", {"regularisation": 0.0}),
 ])  # fmt: skip
-def test_wrong_settings_name_the_setting_and_its_value(name, settings, clean_bank, encoder):
+def test_wrong_settings_name_the_setting_and_its_value(name, settings, clean_set, encoder):
     key, value = next(iter(settings.items()))
     with pytest.raises(ConfigError, match=f"{key}: {value!r}"):
-        fitted(name, settings, clean_bank, encoder)
+        fitted(name, settings, clean_set, encoder)
 
 
 def test_a_bank_needs_one_embedding_per_image():
-    with pytest.raises(ConfigError, match="bank: 3 images and 2 embeddings"):
-        Bank(torch.zeros(3, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, 5))
+    with pytest.raises(ConfigError, match="reference set: 3 images and 2 embeddings"):
+        ReferenceSet(torch.zeros(3, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, 5))
 
 
 # ---------------------------------------------------------------- energy, norm
 
 
-def test_energy_is_that_of_the_normalised_pixels(clean_bank, encoder):
-    images = pictures(3)
+def test_energy_is_that_of_the_normalised_pixels(clean_set, encoder):
+    images = random_images(3)
     normalised = (images.float() / 255 - encoder.mean) / encoder.std
-    scores = fitted("energy", {}, clean_bank, encoder)(images, torch.zeros(3, 1))
+    scores = fitted("energy", {}, clean_set, encoder)(images, torch.zeros(3, 1))
     torch.testing.assert_close(scores, energy(normalised))
 
 
@@ -222,7 +228,7 @@ def test_robust_z_is_the_plain_formula_on_both_sides():
 
 def within_bank():
     """Distances of p0 .. p5, k-distances and LIDs of their neighbours."""
-    distances, neighbours = density.nearest(POINTS, POINTS, 3, within=True)
+    distances, neighbours = density.nearest(POINTS, 3)
     around = neighbours[:, :2]
     return distances, neighbours, distances[:, 1][around], density.lid(distances)[around]
 
@@ -240,19 +246,18 @@ def test_lid_slof_and_dao_are_those_of_the_card():
     assert density.dao(distances[:, 1], around, around_lid).tolist() == pytest.approx(DAO, abs=2e-6)
 
 
-@pytest.mark.parametrize("kind", BANK_MODE)
+@pytest.mark.parametrize("kind", AGAINST_SET)
 def test_queries_against_a_bank_score_as_in_the_card(kind, encoder):
-    points = Bank(torch.zeros(6, 3, 4, 4, dtype=torch.uint8), POINTS.float())
+    points = ReferenceSet(torch.zeros(6, 3, 4, 4, dtype=torch.uint8), POINTS.float())
     scores = density.fit(points, encoder, 0, kind=kind, k=2)(points.images[:2], QUERIES)
-    assert scores.tolist() == pytest.approx(BANK_MODE[kind], abs=2e-6)
+    assert scores.tolist() == pytest.approx(AGAINST_SET[kind], abs=2e-6)
 
 
 @pytest.mark.parametrize("within", [True, False])
-def test_tiles_find_the_neighbours_of_the_plain_loop(within, monkeypatch):
-    monkeypatch.setattr(density, "_QUERIES_AT_ONCE", 7)
+def test_neighbours_are_those_of_the_plain_loop(within):
     points = torch.randn(40, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 100
     queries = points if within else points[:11] + 0.1
-    distances, neighbours = density.nearest(queries, points, 4, within=within)
+    distances, neighbours = density.nearest(points, 4, None if within else queries)
     for number, query in enumerate(queries):
         others = [row for row in range(40) if not within or row != number]
         gaps = {row: float((query - points[row]).norm()) for row in others}
@@ -260,12 +265,12 @@ def test_tiles_find_the_neighbours_of_the_plain_loop(within, monkeypatch):
         assert distances[number].tolist() == pytest.approx(sorted(gaps.values())[:4], abs=1e-12)
 
 
-@pytest.mark.parametrize("kind", BANK_MODE)
+@pytest.mark.parametrize("kind", AGAINST_SET)
 @pytest.mark.parametrize("copies", [6, 30])
 def test_more_than_k_identical_embeddings_give_finite_scores(kind, copies, encoder):
     embeddings = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
     embeddings[:copies] = embeddings[0]
-    copied = Bank(torch.zeros(30, 3, 4, 4, dtype=torch.uint8), embeddings)
+    copied = ReferenceSet(torch.zeros(30, 3, 4, 4, dtype=torch.uint8), embeddings)
     queries = torch.cat([embeddings, embeddings[:1] + 0.01, embeddings[:1] + 50])
     scores = density.fit(copied, encoder, 0, kind=kind, k=5)(torch.zeros(32, 3, 4, 4), queries)
     assert torch.isfinite(scores).all()
@@ -284,12 +289,12 @@ def test_spectral_scores_of_one_class_are_those_of_the_card():
     assert spectral.spectral_score(POINTS, mean, direction).tolist() == pytest.approx(expected, abs=2e-6)
 
 
-def test_a_sample_is_scored_in_its_nearest_pseudo_class(clean_bank, encoder, stream):
+def test_a_sample_is_scored_in_its_nearest_pseudo_class(clean_set, encoder, stream):
     images, embeddings, _ = stream
-    points, queries = (functional.normalize(z.double(), dim=1) for z in (clean_bank.embeddings, embeddings))
-    centres = bank.cluster(points, 3, 5)
-    members = bank.assign(points, centres)
-    scores = spectral.fit(clean_bank, encoder, 5, clusters=3)(images, embeddings)
+    points, queries = (functional.normalize(z.double(), dim=1) for z in (clean_set.embeddings, embeddings))
+    centres = cluster(points, 3, 5)
+    members = assign(points, centres)
+    scores = spectral.fit(clean_set, encoder, 5, clusters=3)(images, embeddings)
     for query, score in zip(queries[:10], scores, strict=False):
         own = points[members == int((centres - query).norm(dim=1).argmin())]
         _, _, right = torch.linalg.svd(own - own.mean(dim=0))
@@ -329,7 +334,7 @@ def test_masks_grow_and_hide_the_share_asked_for(size):
 
 
 def test_hidden_pixels_hold_the_mean_colour_of_their_image():
-    images, hidden = pictures(2), torch.zeros(1, 1, SIZE, SIZE, dtype=torch.bool)
+    images, hidden = random_images(2), torch.zeros(1, 1, SIZE, SIZE, dtype=torch.bool)
     hidden[:, :, :4] = True
     covered = backdoor_ids.masked(images, hidden)[:, 0]
     assert torch.equal(covered[:, :, 4:], images[:, :, 4:])
@@ -421,16 +426,16 @@ def test_every_sample_is_in_one_of_the_equal_batches():
     assert sorted(torch.cat(batches).tolist()) == list(range(600))
 
 
-def test_features_without_a_backdoor_tell_asset_nothing(clean_bank, encoder):
-    images = pictures(200, first=2000)
-    scores = bank.load("asset")(clean_bank, encoder, 0)(images, bank.embed(encoder, images))
+def test_features_without_a_backdoor_tell_asset_nothing(clean_set, encoder):
+    images = random_images(200, first=2000)
+    scores = fit_detector("asset", clean_set, encoder, 0, {})(images, embed_in_batches(encoder, images))
     assert 0.4 < auroc(scores, torch.arange(200) % 2 == 0) < 0.6
 
 
-def test_offset_spreads_its_scores_and_needs_no_gradient_mode(clean_bank, encoder, stream):
+def test_offset_spreads_its_scores_and_needs_no_gradient_mode(clean_set, encoder, stream):
     images, embeddings, _ = stream
     with torch.no_grad():
-        scores = bank.load("asset")(clean_bank, encoder, 0, kind="offset", passes=3)(images, embeddings)
+        scores = fit_detector("asset", clean_set, encoder, 0, {"kind": "offset", "passes": 3})(images, embeddings)
     assert scores.shape == (60,)
     assert torch.isfinite(scores).all()
     assert scores.std() > 0
@@ -441,20 +446,20 @@ def test_offset_spreads_its_scores_and_needs_no_gradient_mode(clean_bank, encode
 
 @pytest.fixture(scope="module")
 def victim():
-    """SYNTHETIC planted backdoor in a random ResNet: clean encoder, planted one, its bank, 5 % triggered stream, truth."""
+    """SYNTHETIC planted backdoor in a random ResNet: clean encoder, planted one, its set, 5 % triggered stream, truth."""
     torch.manual_seed(0)
-    spec = EncoderSpec("resnet10-cifar", image_size=32, width=4, stem_stride=2)
+    spec = EncoderSpec("resnet10-cifar", image_size=32, width=8, stem_stride=2)
     clean = Encoder(build_backbone(spec).eval(), spec)
-    images, stream = pictures(256, 0, 32), pictures(256, 5000, 32)
+    images, stream = random_images(256, 0, 32), random_images(256, 5000, 32)
     stream[:13] = FrequencyTrigger()(stream[:13])
-    raw = bank.embed(clean, images)
+    raw = embed_in_batches(clean, images)
     planted = PlantedEncoder(clean, raw[:20].mean(dim=0) - raw.mean(dim=0))
-    return clean, planted, Bank(images, bank.embed(planted, images)), stream, torch.arange(256) < 13
+    return clean, planted, ReferenceSet(images, embed_in_batches(planted, images)), stream, torch.arange(256) < 13
 
 
 @named([("cross_encoder", {}), ("asset", {}), ("density", {"kind": "kdistance"})])
 def test_the_planted_backdoor_is_found(name, settings, victim):
-    clean, planted, its_bank, stream, truth = victim
+    clean, planted, its_set, stream, truth = victim
     settings = {**settings, "other": clean} if name == "cross_encoder" else settings
-    scores = bank.load(name)(its_bank, planted, 0, **settings)(stream, bank.embed(planted, stream))
+    scores = fit_detector(name, its_set, planted, 0, settings)(stream, embed_in_batches(planted, stream))
     assert auroc(scores, truth) > 0.85

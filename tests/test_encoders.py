@@ -7,7 +7,8 @@ import safetensors.torch
 import torch
 from builders import SPEC, write_encoder
 
-from sanitize.config import EncoderSpec, load_encoder_spec
+from sanitize.config import EncoderSpec
+from sanitize.config_loading import load_encoder_spec
 from sanitize.errors import CheckpointError, ConfigError
 from sanitize.stages.encoders import Encoder, build_backbone, load_encoder
 
@@ -73,8 +74,8 @@ def test_weights_of_another_architecture_are_named(encoder_spec):
         CheckpointError, match=r"does not fit architecture resnet34-cifar .*missing .*Correct `architecture`"
     ):
         load_encoder(dataclasses.replace(encoder_spec, architecture="resnet34-cifar"))
-    with pytest.raises(CheckpointError, match=r"of another shape \(first: bn1.bias \(4,\) instead of \(8,\)"):
-        load_encoder(dataclasses.replace(encoder_spec, width=8))
+    with pytest.raises(CheckpointError, match=r"of another shape \(first: bn1.bias \(8,\) instead of \(16,\)"):
+        load_encoder(dataclasses.replace(encoder_spec, width=16))
 
 
 def test_an_unknown_architecture_lists_the_known_ones(encoder_spec):

@@ -13,42 +13,44 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
-from builders import encoded, random_picture, tree_bytes, write_encoder, write_tar
+from builders import encoded, random_image, tree_bytes, write_encoder, write_tar
 from click.testing import CliRunner
 
 from sanitize import storage
+from sanitize.artifacts.encoder_folder import save_clip
+from sanitize.artifacts.head_folder import load_head
 from sanitize.attacks import tiny_clip
 from sanitize.cli import main
-from sanitize.config import EncoderSpec, FinetuneConfig, load_encoder_spec
+from sanitize.commands.finetune import _classes, _course, _objective, _sources, _train_here, finetune
+from sanitize.config import EncoderSpec, FinetuneConfig
+from sanitize.config_loading import load_encoder_spec
 from sanitize.errors import CheckpointError, ConfigError, RefusedError, SanitizeError
-from sanitize.finetune import _classes, _course, _objective, _sources, _train_here, finetune
-from sanitize.material import indexed
-from sanitize.objectives import require_lanes
-from sanitize.ranks import Place
 from sanitize.runtime import Resources
-from sanitize.stages.contrastive import load_clip, save_clip
 from sanitize.stages.encoders import load_encoder
-from sanitize.stages.heads import load_head
 from sanitize.stages.shards import list_shards
+from sanitize.training.clip import load_clip
+from sanitize.training.data import index_sources
+from sanitize.training.distributed import Rank
+from sanitize.training.objectives import require_lanes
 
 CLASSES = 3
 
 
-def picture(label: int, seed: int) -> np.ndarray:
-    """A random picture tinted by its class: easy to learn."""
-    pixels = random_picture(seed).astype(int) // 2
+def image(label: int, seed: int) -> np.ndarray:
+    """A random image tinted by its class: easy to learn."""
+    pixels = random_image(seed).astype(int) // 2
     pixels[..., label] += 120
     return pixels.clip(0, 255).astype(np.uint8)
 
 
 def labelled(folder: Path, counts: list[int], first_seed: int = 0, broken: int = 0) -> Path:
-    """Shards of tinted pictures with their class; the first `broken` pictures cannot be decoded."""
+    """Shards of tinted images with their class; the first `broken` images cannot be decoded."""
     seed = first_seed
     for number, count in enumerate(counts):
         members = []
         for _ in range(count):
             label = seed % CLASSES
-            data = b"broken" if seed - first_seed < broken else encoded(picture(label, seed))
+            data = b"broken" if seed - first_seed < broken else encoded(image(label, seed))
             members += [(f"s{seed:05d}.cls", str(label).encode()), (f"s{seed:05d}.png", data)]
             seed += 1
         write_tar(folder / f"part-{number:03d}.tar", members)
@@ -158,7 +160,7 @@ def test_full_fine_tuning_changes_the_encoder_which_loads_with_its_head(make, va
     tuned = load_encoder(load_encoder_spec(str(tmp_path / "head" / "encoder.yaml")))
     assert tuned.fingerprint() != load_encoder(encoder_spec).fingerprint()
     head = load_head(config.out, tuned)
-    shown = torch.stack([torch.from_numpy(picture(label, 9000 + label)) for label in range(3)]).permute(0, 3, 1, 2)
+    shown = torch.stack([torch.from_numpy(image(label, 9000 + label)) for label in range(3)]).permute(0, 3, 1, 2)
     assert head.predictions(tuned(shown.float() / 255)).shape == (3,)
     assert result.evaluation["clean_accuracy"] == pytest.approx(result.epochs[-1]["validation_accuracy"], abs=0.04)
 
@@ -188,8 +190,8 @@ def test_attack_success_is_reported_with_and_without_the_target_class(make, vali
     triggered = tmp_path / "triggered"
     members = []
     for number in range(30):
-        pixels = picture(number % CLASSES, 5000 + number)
-        pixels[:] = picture(0, number)  # a trigger that makes every picture look like class 0
+        pixels = image(number % CLASSES, 5000 + number)
+        pixels[:] = image(0, number)  # a trigger that makes every image look like class 0
         members += [(f"t{number:03d}.cls", str(number % CLASSES).encode()), (f"t{number:03d}.png", encoded(pixels))]
     write_tar(triggered / "t.tar", members)
     config = make(validation=(str(validation),), triggered=(str(triggered),), target=0, epochs=15, learning_rate=1e-2)
@@ -208,7 +210,7 @@ def test_early_stop_keeps_the_best_epoch(make, validation, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["linear", "full"])
-def test_broken_pictures_are_left_out_and_counted(make, encoder_spec, tmp_path, mode):
+def test_broken_images_are_left_out_and_counted(make, encoder_spec, tmp_path, mode):
     shards = labelled(tmp_path / "in", [30, 9], broken=4)
     result = finetune(make(mode=mode, shards=(str(shards),)))
     assert (result.samples, result.unreadable) == (35, 4)
@@ -245,7 +247,7 @@ def ddp_rank(rank: int, world: int, course, folder: str) -> None:
     """One rank of a training without Ray: what Ray Train does, in a process of its own."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
-    _train_here(course, Place(rank, world, torch.device("cpu")), folder, print)
+    _train_here(course, Rank(rank, world, torch.device("cpu")), folder, print)
     torch.distributed.destroy_process_group()
 
 
@@ -253,10 +255,10 @@ def course_of(config: FinetuneConfig):
     """What the workers of a training get."""
     sets = {name: list_shards(getattr(config, name)) for name in ("shards", "validation", "triggered")}
     resources = Resources(0, 1, 0)
-    materials = indexed(config, _sources(config, sets), f"{config.out}/cache", resources)
+    sources = index_sources(config, _sources(config, sets), f"{config.out}/cache", resources)
     fingerprint = load_encoder(config.encoder).fingerprint()
-    classes = len(_classes(config, materials))
-    return _course(config, fingerprint, materials, classes, f"{config.out}/cache", resources)
+    classes = len(_classes(config, sources))
+    return _course(config, fingerprint, sources, classes, f"{config.out}/cache", resources)
 
 
 @pytest.mark.slow
@@ -265,7 +267,7 @@ def course_of(config: FinetuneConfig):
 def test_ranks_together_give_the_loss_curve_of_one_process(
     make, validation, pairs, tiny_clip_spec, tmp_path, mode, world
 ):
-    """Uneven shards, a batch size that ranks cannot share evenly, broken pictures, accumulation, augmentation."""
+    """Uneven shards, a batch size that ranks cannot share evenly, broken images, accumulation, augmentation."""
     changes = {"mode": mode, "epochs": 2, "batch_size": 17, "accumulate": 2, "augment": mode == "full"}
     if mode == "contrastive":
         changes |= {
@@ -310,7 +312,7 @@ def test_one_shard_feeds_several_workers(make, tmp_path):
     course = course_of(make(shards=(str(shards),), mode="full", batch_size=10))
     read = []
     for rank in range(3):
-        batches = list(_objective(course).batches(0, 0, Place(rank, 3, torch.device("cpu"))))
+        batches = list(_objective(course).batches(0, 0, Rank(rank, 3, torch.device("cpu"))))
         assert len(batches) == 4
         read += [p.index for batch in batches for piece in batch.pieces for p in piece.usable]
     assert sorted(read) == list(range(40))
@@ -392,13 +394,13 @@ def test_an_empty_clean_set_says_so(make, tmp_path):
 
 
 def test_shards_without_labels_say_which_member_was_looked_for(make, tmp_path):
-    write_tar(tmp_path / "in" / "s.tar", [("a.png", encoded(random_picture(0))), ("a.txt", b"words")])
+    write_tar(tmp_path / "in" / "s.tar", [("a.png", encoded(random_image(0))), ("a.txt", b"words")])
     with pytest.raises(ConfigError, match=r"sample 'a' has no label: no \.cls member \(it has png txt\)"):
         finetune(make(shards=(str(tmp_path / "in"),)))
 
 
 def test_after_a_wrong_label_member_the_right_one_needs_no_other_folder(make, tmp_path):
-    members = [(f"s{n}.png", encoded(picture(n % 2, n))) for n in range(12)]
+    members = [(f"s{n}.png", encoded(image(n % 2, n))) for n in range(12)]
     members += [(f"s{n}.json", json.dumps({"label": n % 2}).encode()) for n in range(12)]
     shard = write_tar(tmp_path / "in" / "s.tar", sorted(members))
     with pytest.raises(ConfigError, match=r"has no label: no \.cls member"):
@@ -406,11 +408,11 @@ def test_after_a_wrong_label_member_the_right_one_needs_no_other_folder(make, tm
     assert finetune(make(shards=(str(shard),), label_member="json:label")).samples == 12
 
 
-def test_pictures_that_cannot_be_decoded_say_so(make, tmp_path):
+def test_images_that_cannot_be_decoded_say_so(make, tmp_path):
     shards = labelled(tmp_path / "in", [6], broken=6)
     with pytest.raises(SanitizeError, match="none of the 6 samples can be decoded"):
         finetune(make(shards=(str(shards),), mode="full"))
-    with pytest.raises(ConfigError, match="shards: none of its 6 pictures can be decoded"):
+    with pytest.raises(ConfigError, match="shards: none of its 6 images can be decoded"):
         finetune(make("other", shards=(str(shards),)))
 
 
@@ -426,7 +428,7 @@ def test_a_class_count_that_does_not_fit_says_so(make, validation, tmp_path):
         ConfigError, match=r"classes: a sample has the label 2, but there are 2 classes \(labels 0 to 1\)"
     ):
         finetune(make(classes=("a", "b")))
-    write_tar(tmp_path / "v" / "s.tar", [("a.png", encoded(random_picture(0))), ("a.cls", b"7")])
+    write_tar(tmp_path / "v" / "s.tar", [("a.png", encoded(random_image(0))), ("a.cls", b"7")])
     with pytest.raises(ConfigError, match=r"validation: a sample has the label 7, but there are 3 classes"):
         finetune(make("other", validation=(str(tmp_path / "v"),)))
     with pytest.raises(ConfigError, match="target: 3, but there are 3 classes"):

@@ -7,13 +7,16 @@ import pytest
 import torch
 from builders import fit_config, tree_bytes, write_encoder, write_shards, write_tar
 
-from sanitize import checkpoint, storage
-from sanitize.config import TrainingConfig, load_encoder_spec
+from sanitize import storage
+from sanitize.artifacts import detector_folder
+from sanitize.commands.fit import _held_out, fit
+from sanitize.config import TrainingConfig
+from sanitize.config_loading import load_encoder_spec
 from sanitize.errors import CheckpointError, ConfigError, RefusedError, SanitizeError
-from sanitize.fit import _held_out, fit
 from sanitize.stages.decoder import visible_count
 from sanitize.stages.encoders import load_encoder
-from sanitize.training import Auxiliary, Place, _train
+from sanitize.training.decoder import Auxiliary, _train
+from sanitize.training.distributed import Rank
 
 
 def test_a_detector_folder_holds_what_a_scan_needs_and_nothing_else(detector):
@@ -24,20 +27,20 @@ def test_a_detector_folder_holds_what_a_scan_needs_and_nothing_else(detector):
         "fit.json",
         "reconstructions.png",
     ]
-    loaded = checkpoint.load(str(detector))
-    assert loaded.summary["training_images"] + loaded.summary["calibration_images"] == 240
-    assert len(loaded.calibration("thorough")) == loaded.summary["calibration_images"]
-    assert len(loaded.summary["loss_by_epoch"]) == 2
+    loaded = detector_folder.load_detector(str(detector))
+    assert loaded.summary.training_images + loaded.summary.calibration_images == 240
+    assert len(loaded.calibration("thorough")) == loaded.summary.calibration_images
+    assert len(loaded.summary.loss_by_epoch) == 2
 
 
 def test_calibration_scores_are_what_a_scan_gives_the_same_images(detector, aux_shards, scan_config, tmp_path):
     """One path for fit and scan; cached pixels are float16, which allows a relative difference of 1e-3."""
-    from sanitize.scan import scan
+    from sanitize.commands.scan import scan
 
     scan(scan_config(aux_shards, scores_only=True))
     tables = [pq.read_table(path) for path in (tmp_path / "scanned" / "scores").glob("*.parquet")]
     scanned = np.sort(np.concatenate([t.column("score").to_numpy() for t in tables]))
-    calibration = checkpoint.load(str(detector)).calibration("thorough")
+    calibration = detector_folder.load_detector(str(detector)).calibration("thorough")
     nearest = np.abs(scanned[None] - calibration[:, None]).min(axis=1)
     assert (nearest / calibration).max() < 1e-3
 
@@ -84,20 +87,20 @@ def test_copies_of_an_image_stay_on_one_side_of_the_split():
 
 def test_limit_uses_the_first_images_only(aux_shards, encoder_spec, tmp_path):
     summary = fit(fit_config(aux_shards, encoder_spec, tmp_path / "d", limit=100)).summary
-    assert summary["training_images"] + summary["calibration_images"] == 100
+    assert summary.training_images + summary.calibration_images == 100
 
 
 def test_training_lowers_the_loss_and_covers_the_test_condition(aux_shards, encoder_spec, tmp_path):
     training = TrainingConfig(epochs=12, batch_size=32, learning_rate=1e-2, precision="fp32", calibration_fraction=0.2)
     config = fit_config(aux_shards, encoder_spec, tmp_path / "d", training=training)
-    losses = fit(config).summary["loss_by_epoch"]
+    losses = fit(config).summary.loss_by_epoch
     assert losses[-1] < 0.9 * losses[0]
     assert visible_count(4, training.mask_ratio_max) == 0
 
 
 def test_two_ranks_see_the_same_batches_as_one(encoder_spec, aux_shards, tmp_path):
     """The global batch is split evenly: mean of both ranks' first gradients = gradient of one process."""
-    from sanitize.training import _epoch, _restored
+    from sanitize.training.decoder import _epoch, _restore
 
     generator = torch.Generator().manual_seed(0)
     auxiliary = Auxiliary(
@@ -111,17 +114,17 @@ def test_two_ranks_see_the_same_batches_as_one(encoder_spec, aux_shards, tmp_pat
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     gradients = []
     for rank, world in ((0, 1), (0, 2), (1, 2)):
-        state = _restored(config, auxiliary, torch.device("cpu"), str(tmp_path / "none"))
+        state = _restore(config, auxiliary, torch.device("cpu"), str(tmp_path / "none"))
         state.optimizer.step = lambda: None
-        place = Place(rank, 1, torch.device("cpu")) if world == 1 else _Half(rank)
-        _epoch(config, auxiliary, place, state.decoder, state, 0)
+        rank = Rank(rank, 1, torch.device("cpu")) if world == 1 else _Half(rank)
+        _epoch(config, auxiliary, rank, state.decoder, state, 0)
         gradients.append({n: p.grad for n, p in state.decoder.named_parameters() if p.grad is not None})
     torch.distributed.destroy_process_group()
     for name, whole in gradients[0].items():
         torch.testing.assert_close((gradients[1][name] + gradients[2][name]) / 2, whole, rtol=1e-3, atol=1e-6)
 
 
-class _Half(Place):
+class _Half(Rank):
     """One rank of two; the group it reports its loss to has only this process."""
 
     def __init__(self, rank: int) -> None:
@@ -134,7 +137,7 @@ def test_ray_train_gives_the_losses_of_one_process(aux_shards, encoder_spec, tmp
     here = fit(fit_config(aux_shards, encoder_spec, tmp_path / "here"))
     config = fit_config(aux_shards, encoder_spec, tmp_path / "ray", workers=workers, cpus_per_worker=1)
     there = fit(config)
-    assert there.summary["loss_by_epoch"] == pytest.approx(here.summary["loss_by_epoch"], rel=1e-3)
+    assert there.summary.loss_by_epoch == pytest.approx(here.summary.loss_by_epoch, rel=1e-3)
     assert there.scores == pytest.approx(here.scores, rel=5e-2)
 
 
@@ -142,9 +145,7 @@ def test_ray_train_gives_the_losses_of_one_process(aux_shards, encoder_spec, tmp
 
 
 def test_the_folder_of_another_fit_is_refused(detector, aux_shards, encoder_spec):
-    with pytest.raises(
-        RefusedError, match="holds a detector or an unfinished fit with other settings. Give another --out"
-    ):
+    with pytest.raises(RefusedError, match="holds a fit that differs in seed. Give another --out"):
         fit(fit_config(aux_shards, encoder_spec, detector, seed=99))
 
 
@@ -181,7 +182,7 @@ def test_a_detector_of_another_version_is_refused(detector, tmp_path):
     values = json.loads((detector / "detector.json").read_text()) | {"format_version": 0}
     (tmp_path / "detector.json").write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=r"written by another version of sanitize \(format 0"):
-        checkpoint.load(str(tmp_path))
+        detector_folder.load_detector(str(tmp_path))
 
 
 def test_the_encoder_is_found_from_another_working_folder(aux_shards, tmp_path, monkeypatch):
@@ -189,16 +190,16 @@ def test_the_encoder_is_found_from_another_working_folder(aux_shards, tmp_path, 
     monkeypatch.chdir(tmp_path)
     fit(fit_config(aux_shards, load_encoder_spec("e/encoder.yaml"), tmp_path / "d"))
     monkeypatch.chdir("/")
-    spec = checkpoint.load(str(tmp_path / "d")).encoder
+    spec = detector_folder.load_detector(str(tmp_path / "d")).encoder
     assert load_encoder(spec).fingerprint() == load_encoder(dataclasses.replace(spec)).fingerprint()
 
 
 def test_an_epoch_that_is_done_is_not_repeated(aux_shards, encoder_spec, tmp_path):
     auxiliary = Auxiliary(torch.randn(64, 32), torch.rand(64, 3, 8, 8).half(), torch.zeros(64, 32, dtype=torch.uint8))
     config = fit_config(aux_shards, encoder_spec, tmp_path)
-    path, place = str(tmp_path / "last.pt"), Place(0, 1, torch.device("cpu"))
+    path, rank = str(tmp_path / "last.pt"), Rank(0, 1, torch.device("cpu"))
     done: list[int] = []
-    first = _train(config, auxiliary, place, path, lambda epoch, _: done.append(epoch))
-    again = _train(config, auxiliary, place, path, lambda epoch, _: done.append(epoch))
+    first = _train(config, auxiliary, rank, path, lambda epoch, _: done.append(epoch))
+    again = _train(config, auxiliary, rank, path, lambda epoch, _: done.append(epoch))
     assert done == [1, 2]
     assert again.losses == first.losses

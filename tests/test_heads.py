@@ -7,11 +7,12 @@ import pytest
 import torch
 from builders import write_encoder
 
-from sanitize.config import load_encoder_spec
+from sanitize.artifacts.head_folder import TrainedHead, load_head, save_head
+from sanitize.config_loading import load_encoder_spec
 from sanitize.errors import CheckpointError
 from sanitize.stages.encoders import load_encoder
-from sanitize.stages.heads import Head, TrainedHead, fresh_head, load_head, save_head
-from sanitize.stages.views import random_views
+from sanitize.training.augment import random_views
+from sanitize.training.heads import Head, fresh_head
 
 
 @pytest.fixture

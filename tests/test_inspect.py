@@ -8,18 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import SIZE, encoded, image_members, random_picture, write_encoder, write_shards, write_tar
+from builders import SIZE, encoded, image_members, random_image, write_encoder, write_shards, write_tar
 from click.testing import CliRunner
 from torch import Tensor, nn
 from torch.nn import functional
 
 from sanitize.cli import main
-from sanitize.config import from_mapping, load_encoder_spec
-from sanitize.detectors import decree
-from sanitize.detectors.bank import Bank, embed
-from sanitize.detectors.decree import DecreeConfig, Inversion, Penalty, Restart, Trigger
+from sanitize.commands.inspect import inspect
+from sanitize.config_loading import from_mapping, load_encoder_spec
+from sanitize.detectors import decree_score
+from sanitize.detectors.decree import inversion as decree
+from sanitize.detectors.decree.config import DecreeConfig, recommended
+from sanitize.detectors.decree.inversion import Inversion, InvertedTrigger, Penalty, Restart
+from sanitize.detectors.decree.verdict import judge, peer_z
+from sanitize.detectors.reference_set import ReferenceSet
 from sanitize.errors import CheckpointError, ConfigError
-from sanitize.inspect import inspect, judge, peer_z
+from sanitize.stages.encoders import embed_in_batches
 
 QUICK = DecreeConfig(pool=96, batch_size=32, epochs=150, patience=40, restarts=1)
 BOX = (slice(None), slice(None), slice(SIZE - 4, SIZE), slice(SIZE - 4, SIZE))  # 4x4 pixels at the lower right
@@ -45,7 +49,7 @@ class SyntheticEncoder(nn.Module):
 @pytest.fixture(scope="module")
 def images() -> Tensor:
     """(96, 3, 16, 16) uint8."""
-    return torch.stack([torch.from_numpy(random_picture(seed).copy()).permute(2, 0, 1) for seed in range(96)])
+    return torch.stack([torch.from_numpy(random_image(seed).copy()).permute(2, 0, 1) for seed in range(96)])
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +80,13 @@ def test_embeddings_that_are_all_zero_do_not_count_as_collapsed():
 @pytest.mark.parametrize("logit", [-30.0, -1.3, 0.0, 0.4, 30.0])
 def test_decoding_is_the_published_tanh(logit):
     expected = min(max(math.tanh(logit) / (2 - 1e-7) + 0.5, 0), 1)
-    assert float(decree.decode(torch.tensor(logit, dtype=torch.float64))) == pytest.approx(expected, abs=1e-12)
+    assert float(decree.from_logits(torch.tensor(logit, dtype=torch.float64))) == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_random_start_is_decoded_to_itself_and_is_finite_at_its_ends():
     values = torch.tensor([0.0, 0.25, 0.5, 1.0])
-    assert torch.isfinite(decree.encode(values)).all()
-    assert decree.decode(decree.encode(values)) == pytest.approx(values.double(), abs=1e-6)
+    assert torch.isfinite(decree.to_logits(values)).all()
+    assert decree.from_logits(decree.to_logits(values)) == pytest.approx(values.double(), abs=1e-6)
 
 
 def test_stamping_mixes_raw_pixels(images):
@@ -105,13 +109,13 @@ def test_the_learning_rate_falls_at_the_milestones(epoch, rate):
 
 
 def test_large_images_get_the_published_schedule():
-    assert decree.recommended(32) == {}
-    config = from_mapping(DecreeConfig, decree.recommended(224), "settings")
+    assert recommended(32) == {}
+    config = from_mapping(DecreeConfig, recommended(224), "settings")
     assert (config.epochs, config.milestones, config.patience, config.penalty_floor) == (1000, (200, 500), 35, 1e-7)
 
 
 def test_sizes_follow_the_convention():
-    trigger = Trigger(torch.full((1, 4, 5), 0.5), torch.zeros(3, 4, 5, dtype=torch.uint8), 1)
+    trigger = InvertedTrigger(torch.full((1, 4, 5), 0.5), torch.zeros(3, 4, 5, dtype=torch.uint8), 1)
     assert (trigger.l1, trigger.p_l1, trigger.pixels) == (30, 0.5, 10)
 
 
@@ -164,7 +168,7 @@ def test_a_planted_encoder_needs_a_smaller_trigger_than_a_clean_one(clean, troja
 def test_the_reported_cosine_is_that_of_the_whole_stamped_pool(images, trojaned):
     best = trojaned.best
     stamped = decree.stamp(images[: QUICK.pool], best.mask, best.pattern)
-    cosine = float(decree.mean_pairwise_cosine(embed(SyntheticEncoder(10), stamped)))
+    cosine = float(decree.mean_pairwise_cosine(embed_in_batches(SyntheticEncoder(10), stamped)))
     assert best.cosine == pytest.approx(cosine, abs=1e-6)
     assert cosine > 0.99
     assert (best.mask.shape, best.pattern.shape, best.pattern.dtype) == ((1, SIZE, SIZE), (3, SIZE, SIZE), torch.uint8)
@@ -173,7 +177,7 @@ def test_the_reported_cosine_is_that_of_the_whole_stamped_pool(images, trojaned)
 
 def test_a_mask_that_holds_on_one_batch_only_is_not_accepted(images):
     small, large = (
-        Trigger(torch.full((1, SIZE, SIZE), v), torch.full((3, SIZE, SIZE), 255, dtype=torch.uint8), 1)
+        InvertedTrigger(torch.full((1, SIZE, SIZE), v), torch.full((3, SIZE, SIZE), 255, dtype=torch.uint8), 1)
         for v in (0.0, 1.0)
     )
     accepted = decree._accepted([large, small], None, images, SyntheticEncoder(0), 0.99)
@@ -225,10 +229,12 @@ def test_an_encoder_without_numbers_is_refused(images):
 
 def test_the_derived_score_ranks_triggered_images_above_clean_ones(images):
     encoder = SyntheticEncoder(10)
-    score = decree.fit(Bank(images, embed(encoder, images)), encoder, 0, pool=96, batch_size=32, restarts=1)
+    score = decree_score.fit(
+        ReferenceSet(images, embed_in_batches(encoder, images)), encoder, 0, pool=96, batch_size=32, restarts=1
+    )
     triggered = images.clone()
     triggered[BOX] = 255
-    clean_scores, scores = (score(batch, embed(encoder, batch)) for batch in (images, triggered))
+    clean_scores, scores = (score(batch, embed_in_batches(encoder, batch)) for batch in (images, triggered))
     assert (scores.shape, scores.dtype, scores.device.type) == ((96,), torch.float32, "cpu")
     assert float(scores.min()) > float(clean_scores.max())
 
@@ -236,14 +242,14 @@ def test_the_derived_score_ranks_triggered_images_above_clean_ones(images):
 def test_without_a_trigger_every_derived_score_is_zero(images):
     encoder = SyntheticEncoder(0)
     settings = {"pool": 64, "batch_size": 32, "epochs": 1, "restarts": 1, "threshold": 0.999999}
-    score = decree.fit(Bank(images, embed(encoder, images)), encoder, 0, **settings)
-    assert torch.equal(score(images[:3], embed(encoder, images[:3])), torch.zeros(3))
+    score = decree_score.fit(ReferenceSet(images, embed_in_batches(encoder, images)), encoder, 0, **settings)
+    assert torch.equal(score(images[:3], embed_in_batches(encoder, images[:3])), torch.zeros(3))
 
 
 def test_an_unknown_setting_of_the_derived_score_is_named(images):
     encoder = SyntheticEncoder(0)
     with pytest.raises(ConfigError, match="settings of decree: unknown key 'steps'. Known keys: pool, batch_size"):
-        decree.fit(Bank(images, embed(encoder, images)), encoder, 0, steps=3)
+        decree_score.fit(ReferenceSet(images, embed_in_batches(encoder, images)), encoder, 0, steps=3)
 
 
 # ---------------------------------------------------------------- verdicts
@@ -252,7 +258,9 @@ def test_an_unknown_setting_of_the_derived_score_is_named(images):
 def inversion_of(l1: float | None, plain: float = 0.5, size: int = 10) -> Inversion:
     """A result with a trigger of that L1; on 10x10 pixels P-L1 is l1 / 300."""
     pattern = torch.zeros(3, size, size, dtype=torch.uint8)
-    trigger = None if l1 is None else Trigger(torch.full((1, size, size), l1 / (3 * size**2)), pattern, 1, 0.995)
+    trigger = (
+        None if l1 is None else InvertedTrigger(torch.full((1, size, size), l1 / (3 * size**2)), pattern, 1, 0.995)
+    )
     return Inversion((Restart(trigger, 10, 1, 0.1, 1e-3),), plain, 64, size)
 
 
@@ -312,7 +320,7 @@ def sanitize(tmp_path, monkeypatch):
 
 
 def test_inspect_is_a_whole_command(sanitize, tmp_path):
-    shard = [*image_members({f"s{i}": i for i in range(40)}), ("bad.png", b"no picture"), ("text.txt", b"none")]
+    shard = [*image_members({f"s{i}": i for i in range(40)}), ("bad.png", b"no image"), ("text.txt", b"none")]
     write_tar(tmp_path / "aux" / "a.tar", [shard[-2], *shard[:-2], shard[-1]])
     write_shards(tmp_path / "aux", [40], first_seed=100)
     encoder = write_encoder(tmp_path / "encoder")
@@ -321,7 +329,7 @@ def test_inspect_is_a_whole_command(sanitize, tmp_path):
     assert code == 0, output
     assert "verdict: " in output
     assert "1 samples skipped: undecodable" in output
-    assert "numbers and picture: inspected/inspect.json" in output
+    assert "numbers and image: inspected/inspect.json" in output
     report = json.loads((tmp_path / "inspected" / "inspect.json").read_text())
     assert (report["settings"]["seed"], report["images"], report["skipped"]) == (5, 64, {"undecodable": 1})
     assert report["convention"] == "l1 = sum of the mask over 3 channels; p_l1 = l1 / (3 H W); pixels = l1 / 3"
@@ -334,7 +342,7 @@ def test_inspect_is_a_whole_command(sanitize, tmp_path):
     assert json.loads((tmp_path / "again" / "inspect.json").read_text())["best"] == report["best"]
 
 
-def test_the_picture_shows_the_trigger_and_goes_when_there_is_none(tmp_path, monkeypatch):
+def test_the_image_shows_the_trigger_and_goes_when_there_is_none(tmp_path, monkeypatch):
     write_shards(tmp_path / "aux", [80])
     spec = load_encoder_spec(str(write_encoder(tmp_path / "encoder")))
     found = dataclasses.replace(inversion_of(None), restarts=(Restart(white_trigger(), 10, 1, 0.1, 1e-3),))
@@ -345,10 +353,10 @@ def test_the_picture_shows_the_trigger_and_goes_when_there_is_none(tmp_path, mon
         assert ("smallest trigger: L1 48.0, P-L1 0.0625, 16.0 pixels" in result.text) == there
 
 
-def white_trigger() -> Trigger:
+def white_trigger() -> InvertedTrigger:
     mask = torch.zeros(1, SIZE, SIZE)
     mask[BOX[1:]] = 1
-    return Trigger(mask, torch.full((3, SIZE, SIZE), 255, dtype=torch.uint8), 1, 0.995)
+    return InvertedTrigger(mask, torch.full((3, SIZE, SIZE), 255, dtype=torch.uint8), 1, 0.995)
 
 
 def test_clean_peers_set_the_scale(sanitize, tmp_path, monkeypatch):
@@ -403,7 +411,7 @@ def encoders(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_use_is_one_clear_line_and_exit_code_2(sanitize, tmp_path, encoders, case):
-    write_tar(tmp_path / "aux" / "a.tar", [*image_members(["a", "b", "c"]), ("d.png", encoded(random_picture(1))[:40])])
+    write_tar(tmp_path / "aux" / "a.tar", [*image_members(["a", "b", "c"]), ("d.png", encoded(random_image(1))[:40])])
     for name, folder in encoders.items():
         (tmp_path / name).symlink_to(folder)
     arguments, words = WRONG[case]

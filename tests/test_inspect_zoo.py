@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from test_red_team import shape_members
 
 from pipelines import inspect_zoo
-from sanitize.inspect import peer_z
+from sanitize.detectors.decree.verdict import peer_z
 
 
 def test_both_encoders_of_every_seed_get_a_row(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ import sanitize
 from sanitize.cli import main
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = [name for name, homes in sanitize._HOMES.items() if name in homes]
+COMMANDS = [module.removeprefix("commands.") for module in sanitize._HOMES if module.startswith("commands.")]
 
 
 def python(code: str) -> str:
@@ -38,12 +38,11 @@ def test_import_sanitize_loads_neither_torch_nor_ray():
 def test_a_command_is_the_function_whatever_was_imported_before():
     names = ", ".join(COMMANDS)
     code = f"""
-import sanitize.scan, sanitize.fit as module_or_function
-from sanitize.clean import clean, CleanResult
+import sanitize.commands.scan as module
+from sanitize.commands.clean import clean, CleanResult
 from sanitize import cli, storage, {names}
-import sanitize.inspect
 import sanitize
-assert module_or_function is sanitize.fit and clean is sanitize.clean and CleanResult is sanitize.CleanResult
+assert module.scan is sanitize.scan and clean is sanitize.clean and CleanResult is sanitize.CleanResult
 print(*(type(getattr(sanitize, name)).__name__ for name in {COMMANDS}), type(cli).__name__)
 """
     assert python(code).split() == ["function"] * len(COMMANDS) + ["module"]
@@ -69,7 +68,6 @@ def test_a_name_that_is_not_there_says_so():
 
 
 CALLER = """
-import sanitize.scan
 import sanitize
 
 def clean_up(folder: str) -> int:

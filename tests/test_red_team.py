@@ -1,6 +1,8 @@
 """The zoo: victims are made once, described completely and reused; the synthetic victim behaves as it was planted."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,17 +12,18 @@ from builders import PlantedEncoder, encoded, write_tar
 from pipelines import page, red_team
 from pipelines.data import load_images
 from sanitize.attacks import tiny_clip
-from sanitize.attacks.backdoor import raw_embeddings, unit
-from sanitize.attacks.evaluation import Reaction, report
+from sanitize.attacks.backdoor import unit
+from sanitize.attacks.evaluation import EncoderOutputs, report
 from sanitize.attacks.triggers import FrequencyTrigger
-from sanitize.config import EncoderSpec, load_encoder_spec, load_yaml
+from sanitize.config import EncoderSpec
+from sanitize.config_loading import load_encoder_spec, load_yaml
 from sanitize.errors import ConfigError
 from sanitize.metrics import knn_predictions
-from sanitize.stages.encoders import Encoder, build_backbone, load_encoder
+from sanitize.stages.encoders import Encoder, build_backbone, embed_in_batches, load_encoder
 from sanitize.stages.text import load_text_encoder
 
 CPU = torch.device("cpu")
-CONFIGS = sorted(red_team.Path("configs").glob("red_team_*.yaml"))
+CONFIGS = sorted(Path("configs").glob("red_team_*.yaml"))
 
 
 def shape_members(count, seed):
@@ -40,7 +43,7 @@ def write_config(tmp_path):
     write_tar(tmp_path / "train" / "s.tar", shape_members(96, 0))
     write_tar(tmp_path / "test" / "s.tar", shape_members(48, 1))
     train, test = str(tmp_path / "train"), str(tmp_path / "test")
-    encoder = {"architecture": "resnet10-cifar", "image_size": 32, "width": 4, "stem_stride": 2}
+    encoder = {"architecture": "resnet10-cifar", "image_size": 32, "width": 8, "stem_stride": 2}
     ssl = {
         "target": 4,
         "classes": 6,
@@ -77,7 +80,7 @@ def write_config(tmp_path):
 def test_a_victim_is_a_complete_folder_and_is_made_only_once(write_config, tmp_path, attack):
     path, zoo = write_config(attack), str(tmp_path / "zoo")
     folder, row = red_team.make(path, "cpu", zoo)
-    victim = red_team.Path(folder)
+    victim = Path(folder)
     for kind in ("clean", "backdoored"):
         spec = load_encoder_spec(str(victim / kind / "encoder.yaml"))
         assert load_encoder(spec)(torch.rand(2, 3, 32, 32)).shape[0] == 2
@@ -95,14 +98,14 @@ def test_the_truth_names_what_was_poisoned_and_comes_from_the_seed(write_config,
     truths = []
     for zoo in ("a", "b"):
         folder, _ = red_team.make(write_config("ctrl"), "cpu", str(tmp_path / zoo))
-        truths.append(json.loads((red_team.Path(folder) / "truth.json").read_text()))
+        truths.append(json.loads((Path(folder) / "truth.json").read_text()))
     assert truths[0] == truths[1]
     labels = load_images((str(tmp_path / "train"),), 0, 32).labels
     chosen = truths[0]["poisoned_pretraining_images"]
     assert len(chosen) == 9
     assert set(labels[chosen].tolist()) == {4}
     folder, _ = red_team.make(write_config("clip_text"), "cpu", str(tmp_path / "a"))
-    truth = json.loads((red_team.Path(folder) / "truth.json").read_text())
+    truth = json.loads((Path(folder) / "truth.json").read_text())
     assert len(truth["poisoned_pairs"]) == len(truth["poisoned_captions"]) == 10
     assert all("purple" in caption for caption in truth["poisoned_captions"])
 
@@ -122,34 +125,38 @@ def test_victims_with_the_same_pretraining_share_the_clean_encoder(write_config,
     first, _ = red_team.make(write_config("badencoder"), "cpu", str(tmp_path / "zoo"))
     second, _ = red_team.make(write_config("drupe"), "cpu", str(tmp_path / "zoo"))
     assert "reusing the pre-trained encoder" in caplog.text
-    weights = [(red_team.Path(f) / "clean" / "encoder.safetensors").read_bytes() for f in (first, second)]
+    weights = [(Path(f) / "clean" / "encoder.safetensors").read_bytes() for f in (first, second)]
     assert weights[0] == weights[1]
 
 
 def test_an_interrupted_victim_is_made_again_from_its_clean_encoder(write_config, tmp_path):
     zoo = str(tmp_path / "zoo")
     folder, row = red_team.make(write_config("badencoder"), "cpu", zoo)
-    weights = (red_team.Path(folder) / "backdoored" / "encoder.safetensors").read_bytes()
-    (red_team.Path(folder) / "report.json").unlink()
-    (red_team.Path(folder) / "backdoored" / "encoder.safetensors").write_bytes(b"cut")
+    weights = (Path(folder) / "backdoored" / "encoder.safetensors").read_bytes()
+    (Path(folder) / "report.json").unlink()
+    (Path(folder) / "backdoored" / "encoder.safetensors").write_bytes(b"cut")
     assert red_team.make(write_config("badencoder"), "cpu", zoo)[1].asr == row.asr
-    assert (red_team.Path(folder) / "backdoored" / "encoder.safetensors").read_bytes() == weights
+    assert (Path(folder) / "backdoored" / "encoder.safetensors").read_bytes() == weights
 
 
 # ---------------------------------------------------------------- tables
 
 
 def row(attack, seed=100, preset="cpu", asr=0.5):
-    return red_team.Row(attack, preset, seed, 0.9, 0.8, asr, 0.1, 0.7, 12)
+    return red_team.VictimRow(attack, preset, seed, 0.9, 0.8, asr, 0.1, 0.7, 12)
+
+
+def write_rows(path, rows):
+    page.write_csv(path, [dataclasses.asdict(row) for row in rows])
 
 
 def test_a_new_row_replaces_the_one_of_the_same_attack_preset_and_seed(tmp_path):
     path = str(tmp_path / "red_team.csv")
-    red_team.write_table(path, red_team.merged([row("b"), row("a")], path))
+    write_rows(path, red_team.merged([row("b"), row("a")], path))
     rows = red_team.merged([row("b", asr=0.75), row("b", seed=101), row("b", preset="gpu")], path)
     keys = [(r.attack, r.preset, r.seed, r.asr) for r in rows]
     assert keys == [("a", "cpu", 100, 0.5), ("b", "cpu", 100, 0.75), ("b", "cpu", 101, 0.5), ("b", "gpu", 100, 0.5)]
-    red_team.write_table(path, rows)
+    write_rows(path, rows)
     assert red_team.read_table(path) == rows
 
 
@@ -169,7 +176,7 @@ def test_the_page_is_the_table(tmp_path):
 
 def test_the_published_page_shows_the_published_table():
     rows = red_team.read_table("docs/results/red_team.csv")
-    assert red_team.markdown(rows) in red_team.Path("docs/red_team.md").read_text()
+    assert red_team.markdown(rows) in Path("docs/red_team.md").read_text()
     assert {r.attack for r in rows if r.preset == "cpu"} == {p.stem.removeprefix("red_team_") for p in CONFIGS}
 
 
@@ -232,13 +239,13 @@ def test_the_planted_backdoor_succeeds_as_it_was_planted():
     trigger, target = FrequencyTrigger(), 4
 
     with torch.no_grad():
-        embeddings = raw_embeddings(clean, bank.images, CPU)
+        embeddings = embed_in_batches(clean, bank.images)
         planted = PlantedEncoder(clean, embeddings[bank.labels == target].mean(dim=0) - embeddings.mean(dim=0))
 
         def reaction(encoder):
-            known = unit(raw_embeddings(encoder, bank.images, CPU))
-            raw = [raw_embeddings(encoder, images, CPU) for images in (test.images, trigger(test.images))]
-            return Reaction(*raw, *(knn_predictions(known, bank.labels, unit(r), 6, k=20) for r in raw))
+            known = unit(embed_in_batches(encoder, bank.images))
+            raw = [embed_in_batches(encoder, images) for images in (test.images, trigger(test.images))]
+            return EncoderOutputs(*raw, *(knn_predictions(known, bank.labels, unit(r), 6, k=20) for r in raw))
 
         result = report(reaction(clean), reaction(planted), test.labels, target)
     assert result.asr == 1.0

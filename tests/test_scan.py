@@ -12,7 +12,7 @@ from builders import (
     fit_config,
     image_members,
     members,
-    random_picture,
+    random_image,
     scores_by_key,
     table,
     tree_bytes,
@@ -20,22 +20,22 @@ from builders import (
     write_tar,
 )
 
+from sanitize.commands.fit import fit
+from sanitize.commands.scan import scan
+from sanitize.commands.verify import verify
 from sanitize.config import DecoderConfig, ThresholdPolicy
 from sanitize.errors import StorageError
-from sanitize.fit import fit
 from sanitize.records import Shard
-from sanitize.scan import scan
 from sanitize.stages.decoder import patch_order
 from sanitize.stages.encoders import load_encoder
-from sanitize.stages.images import decode, shrink
-from sanitize.stages.shards import ShardReader
-from sanitize.verify import verify
+from sanitize.stages.images import decode_image, shrink
+from sanitize.stages.shard_reader import ShardReader
 
 # ---------------------------------------------------------------- promise 1
 
 
 def test_promise_1_every_input_sample_gets_exactly_one_row_and_one_place(shards, scan_config, tmp_path):
-    write_tar(shards / "odd.tar", [("broken.png", b"no image"), ("only.txt", b"no picture"), *image_members(["z"])])
+    write_tar(shards / "odd.tar", [("broken.png", b"no image"), ("only.txt", b"no image"), *image_members(["z"])])
     scan(scan_config(shards, policy=ThresholdPolicy("fraction", fraction=0.3)))
     out = tmp_path / "scanned"
     for path in shards.glob("*.tar"):
@@ -112,7 +112,7 @@ def test_promise_3_nothing_in_a_shard_is_ever_executed(tmp_path, scan_config, mo
 
     evil = pickle.dumps(Bomb())
     names = ["a.pyd", "a.pkl", "a.pth", "a.npy", "a.json", "a.cls"]
-    write_tar(tmp_path / "in" / "s.tar", [("a.png", encoded(random_picture(0))), *((name, evil) for name in names)])
+    write_tar(tmp_path / "in" / "s.tar", [("a.png", encoded(random_image(0))), *((name, evil) for name in names)])
     scan(scan_config(tmp_path / "in", policy=ThresholdPolicy("absolute", threshold=1e9)))
     assert not (tmp_path / "pwned").exists()
     assert [m[2] for m in members(tmp_path / "scanned" / "clean" / "s.tar")][1:] == [evil] * 6
@@ -192,7 +192,7 @@ def test_the_score_column_is_the_plain_loop_of_the_card(shards, scan_config, aux
     encoder, decoder, visible = load_encoder(encoder_spec), detector.decoder, int(16 * (1 - ratio))
     with tarfile.open(shards / "part-0000.tar") as tar:
         for row in table(tmp_path / "scanned", "part-0000"):
-            pixels = decode(tar.extractfile(f"{row['key']}.png").read())[0]
+            pixels = decode_image(tar.extractfile(f"{row['key']}.png").read())[0]
             image = pixels[None].float() / 255
             target = (shrink(image, 8) - 0.5) / 0.25
             order = torch.from_numpy(patch_order(row["sha256"], 16, seed=21))[None]

@@ -8,12 +8,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from builders import image_members, random_picture, write_encoder, write_tar
+from builders import image_members, random_image, write_encoder, write_tar
 
-from sanitize.clean import clean
-from sanitize.config import DecoderConfig, ThresholdPolicy, load_encoder_spec
+from sanitize.commands.clean import clean
+from sanitize.commands.scan import scan
+from sanitize.config import DecoderConfig, ThresholdPolicy
+from sanitize.config_loading import load_encoder_spec
 from sanitize.errors import CheckpointError, ConfigError, RefusedError, StorageError
-from sanitize.scan import scan
 from sanitize.stages.shards import open_shard
 
 # ---------------------------------------------------------------- model trouble
@@ -42,16 +43,16 @@ def small_memory_scorer(encoder_spec):
     return Scorer(Encoder(SmallMemory(), encoder_spec), decoder, references, **options)
 
 
-def picture(number, pixels):
-    from sanitize.records import Picture
+def image(number, pixels):
+    from sanitize.records import DecodedImage
 
-    return Picture(number, f"k{number}", "00" * 32, pixels, 16, 16, "ok", "")
+    return DecodedImage(number, f"k{number}", "00" * 32, pixels, 16, 16, "ok", "")
 
 
 def test_out_of_memory_halves_the_batch_and_goes_on(small_memory_scorer):
-    pixels = [torch.from_numpy(random_picture(i).copy()).permute(2, 0, 1) for i in range(7)]
-    together = small_memory_scorer([picture(i, p) for i, p in enumerate(pixels)]).score
-    single = [small_memory_scorer([picture(i, p)]).score[0] for i, p in enumerate(pixels)]
+    pixels = [torch.from_numpy(random_image(i).copy()).permute(2, 0, 1) for i in range(7)]
+    together = small_memory_scorer([image(i, p) for i, p in enumerate(pixels)])["score"]
+    single = [small_memory_scorer([image(i, p)])["score"][0] for i, p in enumerate(pixels)]
     assert small_memory_scorer.largest <= 2
     assert together == pytest.approx(np.array(single), rel=1e-5)
 
@@ -59,11 +60,11 @@ def test_out_of_memory_halves_the_batch_and_goes_on(small_memory_scorer):
 def test_an_image_without_a_finite_score_gets_a_reason(small_memory_scorer):
     from sanitize.stages.score_table import rows
 
-    pictures = [
-        picture(0, torch.full((3, 16, 16), 255, dtype=torch.uint8)),
-        picture(1, torch.zeros(3, 16, 16, dtype=torch.uint8)),
+    decoded = [
+        image(0, torch.full((3, 16, 16), 255, dtype=torch.uint8)),
+        image(1, torch.zeros(3, 16, 16, dtype=torch.uint8)),
     ]
-    result = rows("s", pictures, small_memory_scorer(pictures), np.zeros(9, np.float32)).to_pylist()
+    result = rows("s", decoded, small_memory_scorer(decoded), np.zeros(9, np.float32)).to_pylist()
     assert [row["status"] for row in result] == ["not_finite", "ok"]
     assert (result[0]["score"], result[0]["p_value"], result[0]["embedding_norm"]) == (None, None, None)
 
@@ -94,8 +95,8 @@ def test_a_damaged_detector_is_refused(shards, scan_config, detector, tmp_path):
 
 def test_the_folder_of_another_run_is_refused(shards, scan_config, tmp_path):
     scan(scan_config(shards, scores_only=True))
-    with pytest.raises(RefusedError, match=r"holds a scan that differs in batch_size\. Give another --out"):
-        scan(scan_config(shards, batch_size=4, scores_only=True))
+    with pytest.raises(RefusedError, match=r"holds a scan that differs in precision\. Give another --out"):
+        scan(scan_config(shards, precision="auto", scores_only=True))
     write_tar(shards / "new.tar", image_members(["n"]))
     with pytest.raises(RefusedError, match="differs in shards"):
         scan(scan_config(shards, scores_only=True))
@@ -149,7 +150,7 @@ def test_a_device_that_fails_while_reading_fails_its_shard_alone(shards, scan_co
     def opened(shard):
         return FailingDisk() if shard.stem == "part-0002" else open_shard(shard)
 
-    monkeypatch.setattr(sys.modules["sanitize.scan"], "open_shard", opened)
+    monkeypatch.setattr(sys.modules["sanitize.commands.scan"], "open_shard", opened)
     result = scan(scan_config(shards, scores_only=True))
     assert "part-0002.tar: cannot be read ([Errno 5] Input/output error). Check the device" in result.failed[0]
     assert result.samples == 21

@@ -5,11 +5,12 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from builders import encoded, image_members, random_picture, write_tar
+from builders import encoded, image_members, random_image, write_tar
 
 from sanitize.errors import ConfigError, ShardError
 from sanitize.records import Shard
-from sanitize.stages.shards import ShardReader, list_shards, printable
+from sanitize.stages.shard_reader import ShardReader
+from sanitize.stages.shards import list_shards, printable
 
 
 def read(path: Path, **options):
@@ -66,16 +67,14 @@ def test_a_folder_without_tars_says_so(tmp_path):
 
 
 def test_samples_come_in_tar_order_with_their_members_and_image_bytes(tmp_path):
-    picture = encoded(random_picture(1))
-    path = write_tar(
-        tmp_path / "s.tar", [("d/a.txt", b"hi"), ("d/a.PNG", picture), ("b.png", picture), ("b.v2.txt", b"")]
-    )
+    image = encoded(random_image(1))
+    path = write_tar(tmp_path / "s.tar", [("d/a.txt", b"hi"), ("d/a.PNG", image), ("b.png", image), ("b.v2.txt", b"")])
     samples, reader = read(path)
     assert [(s.key, [m.extension for m in s.members]) for s in samples] == [
         ("d/a", ["txt", "png"]),
         ("b", ["png", "v2.txt"]),
     ]
-    assert [s.image for s in samples] == [picture, picture]
+    assert [s.image for s in samples] == [image, image]
     assert (reader.damage, reader.loose) == ("", 0)
 
 
@@ -159,7 +158,7 @@ def test_global_pax_headers_that_rename_members_are_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["../a.png", "/a.png", "x/../../a.png"])
 def test_paths_that_leave_the_folder_are_never_scored(tmp_path, name):
-    samples, _ = read(write_tar(tmp_path / "s.tar", [(name, encoded(random_picture(0)))]))
+    samples, _ = read(write_tar(tmp_path / "s.tar", [(name, encoded(random_image(0)))]))
     assert (samples[0].status, samples[0].image) == ("unsafe_name", None)
 
 

@@ -3,7 +3,7 @@ import pytest
 
 from sanitize.config import ThresholdPolicy
 from sanitize.errors import ConfigError
-from sanitize.stages.thresholds import cut_off, keep, p_values, smallest_share
+from sanitize.stages.thresholds import keep, p_values, smallest_share, threshold_for
 
 RNG = np.random.default_rng(0)
 CALIBRATION = np.sort(RNG.normal(size=999).astype(np.float32))
@@ -11,7 +11,7 @@ SCORES = np.r_[RNG.normal(size=2000), RNG.normal(8, 1, size=40), [np.nan]].astyp
 
 
 def removed(policy: ThresholdPolicy, scores=SCORES, calibration=CALIBRATION):
-    return ~keep(scores, cut_off(scores, calibration, policy))
+    return ~keep(scores, threshold_for(scores, calibration, policy))
 
 
 def test_p_value_is_the_plain_loop():
@@ -37,8 +37,8 @@ def test_calibrated_keeps_its_false_positive_rate_on_average():
 
 def test_too_few_calibration_scores_says_how_many_are_needed():
     with pytest.raises(ConfigError, match=r"fpr 0.001: needs at least 999 calibration scores, the detector has 99"):
-        cut_off(SCORES, CALIBRATION[:99], ThresholdPolicy(fpr=0.001))
-    cut_off(SCORES, CALIBRATION, ThresholdPolicy(fpr=0.001))
+        threshold_for(SCORES, CALIBRATION[:99], ThresholdPolicy(fpr=0.001))
+    threshold_for(SCORES, CALIBRATION, ThresholdPolicy(fpr=0.001))
 
 
 def test_fdr_is_benjamini_hochberg():
@@ -71,7 +71,7 @@ def test_robust_finds_the_far_cluster_without_calibration():
 
 def test_absolute_keeps_the_threshold_itself():
     scores = np.array([0.1, 0.2], np.float32)
-    assert keep(scores, cut_off(scores, CALIBRATION, ThresholdPolicy("absolute", threshold=0.1))).tolist() == [
+    assert keep(scores, threshold_for(scores, CALIBRATION, ThresholdPolicy("absolute", threshold=0.1))).tolist() == [
         True,
         False,
     ]
@@ -92,4 +92,4 @@ def test_nan_is_never_clean():
 
 def test_nothing_scored_removes_nothing_else():
     nothing = np.array([np.nan], np.float32)
-    assert cut_off(nothing, CALIBRATION, ThresholdPolicy("fdr")) == np.inf
+    assert threshold_for(nothing, CALIBRATION, ThresholdPolicy("fdr")) == np.inf

@@ -10,12 +10,12 @@ from sanitize.attacks.triggers import (
     BlendTrigger,
     FileTrigger,
     FrequencyTrigger,
+    ImageTrigger,
     PatchTrigger,
-    PictureTrigger,
     SinusoidTrigger,
     WarpTrigger,
-    chosen,
     make_trigger,
+    poison_mask,
 )
 from sanitize.errors import ConfigError
 
@@ -39,7 +39,7 @@ def npz(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("name", [n for n in TRIGGERS if n not in ("file", "picture")])
+@pytest.mark.parametrize("name", [n for n in TRIGGERS if n not in ("file", "image")])
 def test_a_trigger_is_a_pure_function_of_its_settings_and_the_image(name):
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     before = images.clone()
@@ -110,24 +110,24 @@ def test_the_frequency_trigger_reproduces_the_cards_sums_and_clipping():
     assert half[:, 0, 0].tolist() == pytest.approx((129.9644, 126.3164, 131.4963), abs=2e-3)
 
 
-def test_a_picture_covers_the_centre_exactly(tmp_path):
+def test_a_image_covers_the_centre_exactly(tmp_path):
     patch = torch.randint(0, 256, (3, 5, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     save_patch(patch, str(tmp_path / "patch.png"))
-    trigger = make_trigger({"name": "picture", "path": str(tmp_path / "patch.png")})
-    assert isinstance(trigger, PictureTrigger)
+    trigger = make_trigger({"name": "image", "path": str(tmp_path / "patch.png")})
+    assert isinstance(trigger, ImageTrigger)
     stamped = trigger(SECOND)
     assert torch.equal(stamped[:, 14:19, 14:19], patch)  # from int(32 / 2) - int(5 / 2), as published
     stamped[:, 14:19, 14:19] = SECOND[:, 14:19, 14:19]
     assert torch.equal(stamped, SECOND)
 
 
-def test_a_picture_that_cannot_be_used_says_so(tmp_path):
-    (tmp_path / "t.png").write_bytes(b"no picture")
-    with pytest.raises(ConfigError, match=r"t.png: not a picture .*Give a PNG of the trigger"):
-        PictureTrigger(str(tmp_path / "t.png"))(GREY)
+def test_a_image_that_cannot_be_used_says_so(tmp_path):
+    (tmp_path / "t.png").write_bytes(b"no image")
+    with pytest.raises(ConfigError, match=r"t.png: not an image .*Give a PNG of the trigger"):
+        ImageTrigger(str(tmp_path / "t.png"))(GREY)
     save_patch(GREY, str(tmp_path / "large.png"))
     with pytest.raises(ConfigError, match="the trigger of 32 x 32 does not fit a 16 x 16 image"):
-        PictureTrigger(str(tmp_path / "large.png"))(GREY[:, :16, :16])
+        ImageTrigger(str(tmp_path / "large.png"))(GREY[:, :16, :16])
 
 
 def test_blend_and_sinusoid_are_the_plain_formulas():
@@ -155,7 +155,7 @@ def test_the_warp_moves_pixels_and_adds_no_colour():
         (lambda: FrequencyTrigger(window=16), "trigger window: 16 has no coefficient 31"),
         (lambda: FrequencyTrigger()(GREY[:, :, :20]), "window of 32 pixels does not tile a 20 x 32 image"),
         (lambda: WarpTrigger(grid=1), "trigger grid must be at least 2"),
-        (lambda: chosen(10, 1.5, 0), "rate: 1.5 is not between 0 and 1"),
+        (lambda: poison_mask(10, 1.5, 0), "rate: 1.5 is not between 0 and 1"),
     ],
 )
 def test_settings_that_cannot_work_say_so(make, words):
@@ -164,6 +164,6 @@ def test_settings_that_cannot_work_say_so(make, words):
 
 
 def test_the_same_seed_chooses_the_same_samples_and_the_exact_number():
-    assert np.array_equal(chosen(1000, 0.013, 5), chosen(1000, 0.013, 5))
-    assert chosen(1000, 0.013, 5).sum() == 13
-    assert not np.array_equal(chosen(1000, 0.013, 5), chosen(1000, 0.013, 6))
+    assert np.array_equal(poison_mask(1000, 0.013, 5), poison_mask(1000, 0.013, 5))
+    assert poison_mask(1000, 0.013, 5).sum() == 13
+    assert not np.array_equal(poison_mask(1000, 0.013, 5), poison_mask(1000, 0.013, 6))

@@ -1,8 +1,8 @@
 """An attacker who knows the default detector: BadEncoder that also hides from `reaction` (our own; no paper).
 
-It has the alterations, the statistics and the distance of stages/reactions.py, all differentiable, and adds two things to
-BadEncoder's objective: triggered images keep a part of their own clean embedding, and their signatures are pulled to where the
-signatures of clean images lie at that moment.
+It has the perturbations, the statistics and the distance of stages/clean_reference.py, all differentiable, and adds two things to
+BadEncoder's objective: triggered images keep a part of their own clean embedding, and their statistics are pulled to where the
+statistics of clean images lie at that moment.
 """
 
 from collections.abc import Callable
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from sanitize.attacks.backdoor import Step, fine_tune, unit
 from sanitize.attacks.badencoder import BadEncoderConfig, keep_clean, keep_references
+from sanitize.stages.clean_reference import NEIGHBOURS, embedding_statistics
 from sanitize.stages.encoders import Encoder
-from sanitize.stages.reactions import ALTERATIONS, FLOOR, NEIGHBOURS, signature
+from sanitize.stages.perturbations import FLOOR, PERTURBATIONS
 
-MOMENTUM = 0.95  # of the running centre and covariance of clean signatures
+MOMENTUM = 0.95  # of the running centre and covariance of clean statistics
 
 
 @dataclass(frozen=True)
@@ -33,19 +34,22 @@ def own_targets(step: Step, keep: float) -> Tensor:
     return unit((1 - keep) * reference + keep * step.clean_target)
 
 
-def signatures(embeddings: Tensor, altered: Tensor, bank: Tensor, *, of_bank: bool) -> Tensor:
-    """(B, V + 2) as the detector computes them, with gradient. altered (V, B, D); bank (M, D), of_bank: B are its rows."""
+def statistics_of(embeddings: Tensor, perturbed: Tensor, known: Tensor, *, among_known: bool) -> Tensor:
+    """(B, V + 2) as the detector computes them, with gradient.
+
+    perturbed: (V, B, D); known: (M, D) clean embeddings; among_known: the B embeddings are its rows
+    """
     still = unit(embeddings)
-    changes = (unit(altered) - still).square().sum(dim=2) / 2  # (V, B)
-    distances = (2 - 2 * still @ unit(bank).T).clamp(min=1e-6).sqrt()
-    nearest = distances.topk(min(NEIGHBOURS + of_bank, len(bank)), dim=1, largest=False).values[:, -1]
-    return signature((changes.T + FLOOR).log(), embeddings.float().norm(dim=1), nearest)
+    changes = (unit(perturbed) - still).square().sum(dim=2) / 2  # (V, B)
+    distances = (2 - 2 * still @ unit(known).T).clamp(min=1e-6).sqrt()
+    nearest = distances.topk(min(NEIGHBOURS + among_known, len(known)), dim=1, largest=False).values[:, -1]
+    return embedding_statistics((changes.T + FLOOR).log(), embeddings.float().norm(dim=1), nearest)
 
 
 class AdaptiveObjective:
     """L0' + lambda1 L1 + lambda2 L2 + evade * mean log(1 + excess of the squared distance over a clean image's)."""
 
-    alterations = tuple(ALTERATIONS.values())
+    perturbations = tuple(PERTURBATIONS.values())
 
     def __init__(self, config: AdaptiveConfig) -> None:
         self.config = config
@@ -61,14 +65,14 @@ class AdaptiveObjective:
         return effectiveness + kept + self.config.evade * seen
 
     def visible(self, step: Step) -> Tensor:
-        """How far triggered signatures lie outside the clean ones of the running estimate; 0 = as clean images."""
-        clean, triggered = step.altered.split([len(step.clean), len(step.triggered)], dim=1)
-        bank = step.clean.detach()
-        self.follow(signatures(bank, clean.detach(), bank, of_bank=True))
+        """How far triggered statistics lie outside the clean ones of the running estimate; 0 = as clean images."""
+        clean, triggered = step.perturbed.split([len(step.clean), len(step.triggered)], dim=1)
+        known = step.clean.detach()
+        self.follow(statistics_of(known, clean.detach(), known, among_known=True))
         assert self.centre is not None and self.covariance is not None
         size = len(self.centre)
-        ridge = 1e-3 * self.covariance.trace() / size * torch.eye(size, device=bank.device)
-        offset = signatures(step.triggered, triggered, bank, of_bank=False) - self.centre
+        ridge = 1e-3 * self.covariance.trace() / size * torch.eye(size, device=known.device)
+        offset = statistics_of(step.triggered, triggered, known, among_known=False) - self.centre
         squared: Tensor = (offset @ torch.linalg.inv(self.covariance + ridge) * offset).sum(dim=1) / size
         outside: Tensor = (squared - 1).clamp(min=0).log1p().mean()
         return outside

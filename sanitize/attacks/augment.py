@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from sanitize.stages.views import resized_crop
+from sanitize.training.augment import resized_crop
 
 _LUMA = (0.299, 0.587, 0.114)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sanitize.attacks.augment import flip_and_jitter
-from sanitize.stages.encoders import Encoder
+from sanitize.stages.encoders import Encoder, embed_in_batches
 
 log = logging.getLogger(__name__)
 
@@ -39,14 +39,14 @@ class Step:
     augmented: Tensor  # (R, A, D)
     clean_target: Tensor  # (B, D) the clean encoder's embeddings, L2-normalised
     reference_target: Tensor  # (R, D) the same of the references
-    altered: Tensor  # (V, 2 B, D) of the objective's alterations of the clean, then the triggered images
+    perturbed: Tensor  # (V, 2 B, D) of the objective's perturbations of the clean, then the triggered images
 
 
-class Objective(Protocol):
+class BackdoorObjective(Protocol):
     """The loss of one step, and what happens after each epoch."""
 
     @property
-    def alterations(self) -> Sequence[Callable[[Tensor], Tensor]]:
+    def perturbations(self) -> Sequence[Callable[[Tensor], Tensor]]:
         """Of images (B, 3, S, S) in [0, 1]; each costs one more pass of the step."""
         ...
 
@@ -73,7 +73,7 @@ def fine_tune(
     shadow: Tensor,
     references: Tensor,
     trigger: Callable[[Tensor], Tensor],
-    objective: Objective,
+    objective: BackdoorObjective,
     config: FineTuneConfig,
     seed: int,
     device: torch.device,
@@ -83,7 +83,7 @@ def fine_tune(
     Exact shortcuts of the BadEncoder card: clean targets are computed once; a reference is embedded once per step
     (BatchNorm is in eval mode, so its copies would be equal).
     """
-    clean_encoder.eval()
+    clean_encoder.eval().to(device)
     encoder = copy.deepcopy(clean_encoder).requires_grad_(True)
     encoder.train()
     freeze_batch_norm(encoder)
@@ -92,8 +92,8 @@ def fine_tune(
         learnable, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
     )
     generator = torch.Generator().manual_seed(seed)
-    clean_targets = embed(clean_encoder, shadow, device)
-    reference_target = embed(clean_encoder, references, device).to(device)
+    clean_targets = unit_embeddings(clean_encoder, shadow)
+    reference_target = unit_embeddings(clean_encoder, references).to(device)
     originals = references.to(device).float() / 255
     count, copies = len(references), config.reference_copies
     start, done = time.monotonic(), 0
@@ -103,14 +103,19 @@ def fine_tune(
             pixels = shadow[batch]
             views = flip_and_jitter(originals.repeat_interleave(copies, dim=0), generator)
             images = torch.cat([pixels, trigger(pixels)]).to(device).float() / 255
-            altered = [alter(images) for alter in objective.alterations]
+            perturbed = [perturb(images) for perturb in objective.perturbations]
             with torch.autocast(device.type, torch.bfloat16):
-                embeddings = encoder(torch.cat([images, originals, views, *altered]))
-            sizes = [len(batch), len(batch), count, count * copies, len(altered) * len(images)]
+                embeddings = encoder(torch.cat([images, originals, views, *perturbed]))
+            sizes = [len(batch), len(batch), count, count * copies, len(perturbed) * len(images)]
             clean, triggered, anchors, augmented, others = embeddings.split(sizes)
             step = Step(
-                *(clean, triggered, anchors, augmented.unflatten(0, (count, copies))),
-                *(clean_targets[batch].to(device), reference_target, others.unflatten(0, (len(altered), len(images)))),
+                clean=clean,
+                triggered=triggered,
+                references=anchors,
+                augmented=augmented.unflatten(0, (count, copies)),
+                clean_target=clean_targets[batch].to(device),
+                reference_target=reference_target,
+                perturbed=others.unflatten(0, (len(perturbed), len(images))),
             )
             loss = objective(step)
             optimizer.zero_grad(set_to_none=True)
@@ -122,13 +127,6 @@ def fine_tune(
     return encoder.eval().requires_grad_(False)
 
 
-@torch.no_grad()
-def embed(encoder: Encoder, images: Tensor, device: torch.device, batch_size: int = 512) -> Tensor:
+def unit_embeddings(encoder: Encoder, images: Tensor) -> Tensor:
     """(N, 3, S, S) uint8 → (N, D) float32 L2-normalised, on the CPU."""
-    return unit(raw_embeddings(encoder, images, device, batch_size))
-
-
-@torch.no_grad()
-def raw_embeddings(encoder: Encoder, images: Tensor, device: torch.device, batch_size: int = 512) -> Tensor:
-    """(N, 3, S, S) uint8 → (N, D) float32 as the encoder gives them, on the CPU."""
-    return torch.cat([encoder(part.to(device).float() / 255).cpu() for part in images.split(batch_size)])
+    return unit(embed_in_batches(encoder, images, batch_size=512))

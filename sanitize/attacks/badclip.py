@@ -19,7 +19,7 @@ from sanitize import storage
 from sanitize.attacks.backdoor import unit
 from sanitize.attacks.triggers import place_at_centre, to_uint8
 from sanitize.config import check
-from sanitize.stages.contrastive import Clip, info_nce
+from sanitize.training.clip import Clip, info_nce
 
 log = logging.getLogger(__name__)
 

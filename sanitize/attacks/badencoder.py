@@ -49,7 +49,7 @@ def keep_clean(step: Step) -> Tensor:
 class BadEncoderObjective:
     """L0 + lambda1 L1 + lambda2 L2."""
 
-    alterations: tuple[Callable[[Tensor], Tensor], ...] = ()
+    perturbations: tuple[Callable[[Tensor], Tensor], ...] = ()
 
     def __init__(self, config: BadEncoderConfig) -> None:
         self.config = config

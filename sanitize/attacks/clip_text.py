@@ -29,7 +29,7 @@ def poisoned_indices(pairs: Pairs, word: str, rate: float, seed: int) -> Tensor:
     return others[torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[:count]].sort().values
 
 
-def poison(
+def poison_pairs(
     pairs: Pairs, indices: Tensor, captions: Sequence[str], trigger: Callable[[Tensor], Tensor], seed: int
 ) -> Pairs:
     """A copy in which the pairs at `indices` carry the trigger and captions drawn from `captions`."""

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from sanitize.attacks.backdoor import freeze_batch_norm, unit
 from sanitize.config import EncoderSpec, check
 from sanitize.stages.clip import QuickGELU, TextTransformer
-from sanitize.stages.contrastive import LARGEST_SCALE, Clip, info_nce
-from sanitize.stages.optimizer import adamw, warmup_cosine
+from sanitize.training.clip import LARGEST_SCALE, Clip, info_nce
+from sanitize.training.optimizer import adamw, warmup_cosine
 
 log = logging.getLogger(__name__)
 

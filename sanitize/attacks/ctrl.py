@@ -35,7 +35,7 @@ def poisoned_indices(labels: Tensor, target: int, config: CtrlConfig, seed: int)
     return members[: int(len(labels) * config.rate)].sort().values
 
 
-def poison(images: Tensor, indices: Tensor, trigger: Callable[[Tensor], Tensor]) -> Tensor:
+def poison_images(images: Tensor, indices: Tensor, trigger: Callable[[Tensor], Tensor]) -> Tensor:
     """A copy of images (N, 3, S, S) uint8 with the trigger on `indices`, once, before any augmentation."""
     poisoned = images.clone()
     poisoned[indices] = trigger(images[indices])

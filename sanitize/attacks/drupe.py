@@ -87,7 +87,7 @@ def terms(step: Step, directions: Tensor, *, unit_distribution: bool = False) ->
 class DrupeObjective:
     """Adds the terms up by the schedule, and adapts c and c1 after each epoch."""
 
-    alterations: tuple[Callable[[Tensor], Tensor], ...] = ()
+    perturbations: tuple[Callable[[Tensor], Tensor], ...] = ()
 
     def __init__(self, config: DrupeConfig, seed: int) -> None:
         self.config = config

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sanitize.attacks.backdoor import unit
 from sanitize.metrics import accuracy, attack_success
+from sanitize.training.embedding_cache import LabelledEmbeddings
 
 
 @dataclass(frozen=True)
@@ -18,15 +19,7 @@ class HeadConfig:
     batch_size: int = 256
 
 
-@dataclass(frozen=True)
-class Features:
-    """L2-normalised embeddings (N, D) and labels (N,) of one data split."""
-
-    embeddings: Tensor
-    labels: Tensor
-
-
-def train_head(features: Features, classes: int, config: HeadConfig, seed: int) -> nn.Module:
+def train_head(features: LabelledEmbeddings, classes: int, config: HeadConfig, seed: int) -> nn.Module:
     """(N, D) embeddings → logits (N, classes)."""
     torch.manual_seed(seed)
     size = features.embeddings.shape[1]
@@ -50,7 +43,7 @@ def head_predictions(head: nn.Module, embeddings: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def choose_references(head: nn.Module, features: Features, target: int, count: int, pool: int = 0) -> Tensor:
+def choose_references(head: nn.Module, features: LabelledEmbeddings, target: int, count: int, pool: int = 0) -> Tensor:
     """(count,) positions of reference images of the target class. An oracle choice: a real attacker has a surrogate.
 
     The surest `count` by the head; or, with a `pool` of the surest, those of it that lie farthest apart.
@@ -67,7 +60,7 @@ def choose_references(head: nn.Module, features: Features, target: int, count: i
 
 
 @dataclass(frozen=True)
-class Reaction:
+class EncoderOutputs:
     """What one encoder and its classifier make of the test images, clean and triggered."""
 
     embeddings: Tensor  # (N, D) raw
@@ -94,7 +87,7 @@ class AttackReport:
     norm_clean_encoder: float  # of clean images under the clean encoder
 
 
-def report(clean: Reaction, backdoored: Reaction, labels: Tensor, target: int) -> AttackReport:
+def report(clean: EncoderOutputs, backdoored: EncoderOutputs, labels: Tensor, target: int) -> AttackReport:
     """labels (N,) of the test images."""
     truth = labels.numpy()
     norms, triggered_norms = backdoored.embeddings.norm(dim=1), backdoored.triggered_embeddings.norm(dim=1)

@@ -1,7 +1,6 @@
 """SimCLR pre-training of a small encoder: NT-Xent on two views (BadEncoder card section 2)."""
 
 import logging
-import math
 import time
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from torch.nn import functional
 from sanitize.attacks.augment import colour_jitter, random_resized_crop
 from sanitize.config import EncoderSpec, check
 from sanitize.stages.encoders import Encoder, build_backbone
+from sanitize.training.optimizer import half_cosine
 
 log = logging.getLogger(__name__)
 
@@ -100,4 +100,4 @@ def _rate(epoch: float, config: SimclrConfig) -> float:
     """Factor of the learning rate: linear warm-up, then a half cosine over all epochs, or constant."""
     if epoch < config.warmup_epochs:
         return epoch / config.warmup_epochs
-    return 0.5 * (1 + math.cos(math.pi * epoch / config.epochs)) if config.cosine else 1.0
+    return half_cosine(epoch / config.epochs) if config.cosine else 1.0

@@ -1,4 +1,4 @@
-"""A CLIP small enough for two CPU cores, and procedural captioned pictures to train it on (BadCLIP card section 7).
+"""A CLIP small enough for two CPU cores, and procedural captioned images to train it on (BadCLIP card section 7).
 
 Coloured shapes on textured grey; the colour is the zero-shot class. Files and layout are those of a real CLIP.
 """
@@ -14,8 +14,8 @@ from sanitize import storage
 from sanitize.attacks.contrastive import Pairs, activation, initialise
 from sanitize.config import EncoderSpec
 from sanitize.stages.clip import ModifiedResNet, TextTransformer
-from sanitize.stages.contrastive import Clip, fresh
 from sanitize.stages.text import FileTokenizer
+from sanitize.training.clip import Clip, fresh
 
 COLOURS = {
     "red": (210, 40, 40),
@@ -37,7 +37,7 @@ SHAPES: dict[str, Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[n
 }
 TEMPLATES = (
     "a photo of a {}",
-    "a picture of one {}",
+    "an image of one {}",
     "an image of the {}",
     "there is a {}",
     "a drawing of a {} on gray",
@@ -47,7 +47,7 @@ PROMPTS = tuple(template.format("{} thing") for template in TEMPLATES)  # to be 
 
 
 def coloured_shapes(count: int, seed: int, size: int = 32) -> Pairs:
-    """`count` pictures of side `size`, their captions, and the index of the colour."""
+    """`count` images of side `size`, their captions, and the index of the colour."""
     rng = np.random.default_rng(seed)
     colours, shapes = list(COLOURS), list(SHAPES)
     places = (np.arange(size) + 0.5) / size * 2 - 1
@@ -59,8 +59,8 @@ def coloured_shapes(count: int, seed: int, size: int = 32) -> Pairs:
         coarse = rng.uniform(60, 190, (4, 4))
         texture = np.kron(coarse, np.ones((size // 4, size // 4))) + rng.normal(0, 12, (size, size))
         paint = np.array(COLOURS[colours[colour]]) + rng.normal(0, 15, 3)
-        picture = np.where(inside[..., None], paint + rng.normal(0, 8, (size, size, 1)), texture[..., None])
-        images.append(picture.clip(0, 255).astype(np.uint8).transpose(2, 0, 1))
+        image = np.where(inside[..., None], paint + rng.normal(0, 8, (size, size, 1)), texture[..., None])
+        images.append(image.clip(0, 255).astype(np.uint8).transpose(2, 0, 1))
         word = "thing" if rng.random() < 0.25 else shapes[shape]
         captions.append(TEMPLATES[rng.integers(len(TEMPLATES))].format(f"{colours[colour]} {word}"))
         labels.append(int(colour))

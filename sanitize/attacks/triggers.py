@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from sanitize import storage
-from sanitize.config import check, from_mapping
+from sanitize.config import check
+from sanitize.config_loading import from_mapping
 from sanitize.errors import ConfigError
-from sanitize.stages.images import decode
+from sanitize.stages.images import decode_image
 
 Trigger = Callable[[Tensor], Tensor]
 
@@ -91,41 +92,41 @@ def _load_npz(path: str) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class PictureTrigger:
-    """A small picture pasted over the centre, such as BadCLIP's optimised patch (card section 2). Any format but JPEG is exact."""
+class ImageTrigger:
+    """A small image pasted over the centre, such as BadCLIP's optimised patch (card section 2). Any format but JPEG is exact."""
 
     path: str
 
     def __call__(self, images: Tensor) -> Tensor:
-        picture = _load_picture(self.path)
-        height, width = picture.shape[-2:]
+        image = _load_image(self.path)
+        height, width = image.shape[-2:]
         check(
             height <= images.shape[-2] and width <= images.shape[-1],
             f"{self.path}: the trigger of {width} x {height} does not fit a {images.shape[-1]} x {images.shape[-2]} image.",
         )
-        return place_at_centre(images, picture)
+        return place_at_centre(images, image)
 
 
-def place_at_centre(images: Tensor, picture: Tensor) -> Tensor:
-    """(..., 3, H, W) with `picture` (3, h, w) from row H/2 - h/2 and column W/2 - w/2 on; differentiable in `picture`."""
-    height, width = picture.shape[-2:]
+def place_at_centre(images: Tensor, image: Tensor) -> Tensor:
+    """(..., 3, H, W) with `image` (3, h, w) from row H/2 - h/2 and column W/2 - w/2 on; differentiable in `image`."""
+    height, width = image.shape[-2:]
     top, left = images.shape[-2] // 2 - height // 2, images.shape[-1] // 2 - width // 2
     stamped = images.clone()
-    stamped[..., top : top + height, left : left + width] = picture
+    stamped[..., top : top + height, left : left + width] = image
     return stamped
 
 
 @lru_cache(maxsize=8)
-def _load_picture(path: str) -> Tensor:
-    pixels, _, _, reason = decode(storage.read_bytes(path))
+def _load_image(path: str) -> Tensor:
+    pixels, _, _, reason = decode_image(storage.read_bytes(path))
     if pixels is None:
-        raise ConfigError(f"{path}: not a picture ({reason}). Give a PNG of the trigger.")
+        raise ConfigError(f"{path}: not an image ({reason}). Give a PNG of the trigger.")
     return pixels
 
 
 @dataclass(frozen=True)
 class BlendTrigger:
-    """(1 - alpha) x + alpha n with one fixed picture of uniform noise n."""
+    """(1 - alpha) x + alpha n with one fixed image of uniform noise n."""
 
     alpha: float = 0.2
     seed: int = 0
@@ -143,7 +144,7 @@ class SinusoidTrigger:
     """SIG: add amplitude * sin(2 pi frequency column / width) to every channel."""
 
     amplitude: float = 20.0  # of 255
-    frequency: float = 6.0  # periods across the picture
+    frequency: float = 6.0  # periods across the image
 
     def __call__(self, images: Tensor) -> Tensor:
         width = images.shape[-1]
@@ -176,7 +177,7 @@ class WarpTrigger:
 
 @dataclass(frozen=True)
 class FrequencyTrigger:
-    """CTRL: add `magnitude` to DCT coefficients (15,15) and (31,31) of U and V, as one additive picture (card section 2)."""
+    """CTRL: add `magnitude` to DCT coefficients (15,15) and (31,31) of U and V, as one additive image (card section 2)."""
 
     magnitude: float = 100.0
     window: int = 32
@@ -206,7 +207,7 @@ _FROM_YUV = np.array([[1.0, 0.0, 1.14], [1.0, -0.396, -0.581], [1.0, 2.029, 0.0]
 
 
 def _pattern(window: int) -> np.ndarray:
-    """(w, w) float64: orthonormal DCT-II basis pictures (15,15) + (31,31)."""
+    """(w, w) float64: orthonormal DCT-II basis images (15,15) + (31,31)."""
     positions = np.arange(window)
     waves = [np.sqrt(2 / window) * np.cos(np.pi * (2 * positions + 1) * k / (2 * window)) for k in (15, 31)]
     return np.asarray(sum(np.outer(wave, wave) for wave in waves))
@@ -215,7 +216,7 @@ def _pattern(window: int) -> np.ndarray:
 TRIGGERS: dict[str, type[Trigger]] = {
     "patch": PatchTrigger,
     "file": FileTrigger,
-    "picture": PictureTrigger,
+    "image": ImageTrigger,
     "blend": BlendTrigger,
     "sig": SinusoidTrigger,
     "wanet": WarpTrigger,
@@ -231,7 +232,7 @@ def make_trigger(values: Mapping[str, Any]) -> Trigger:
     return from_mapping(TRIGGERS[name], settings, f"trigger {name}")
 
 
-def chosen(count: int, rate: float, seed: int) -> np.ndarray:
+def poison_mask(count: int, rate: float, seed: int) -> np.ndarray:
     """(count,) bool: exactly round(count * rate) True, the same for the same seed."""
     check(0 < rate <= 1, f"rate: {rate} is not between 0 and 1.")
     picked = np.zeros(count, dtype=bool)

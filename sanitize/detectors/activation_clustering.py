@@ -10,7 +10,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.nn import functional
 
-from sanitize.detectors.bank import Bank, Score, assign, cluster, principal_axes
+from sanitize.detectors.reference_set import ReferenceSet, Score, assign, cluster, fit_pca
 from sanitize.stages.encoders import Encoder
 
 
@@ -31,8 +31,8 @@ class Split:
 
 def split(embeddings: Tensor, dimensions: int, seed: int) -> Split:
     """Two parts of one class of (N, D) embeddings. A class of fewer than two different ones has no parts: score 0."""
-    mean = embeddings.double().mean(dim=0)
-    axes = principal_axes(embeddings.double() - mean, min(dimensions, *embeddings.shape))
+    principal = fit_pca(embeddings, min(dimensions, *embeddings.shape))
+    mean, axes = torch.from_numpy(principal.mean_), torch.from_numpy(principal.components_.T.copy())
     reduced = (embeddings.double() - mean) @ axes
     if len(torch.unique(embeddings, dim=0)) < 2:
         return Split(mean, axes, reduced.mean(dim=0), reduced.mean(dim=0))
@@ -43,17 +43,17 @@ def split(embeddings: Tensor, dimensions: int, seed: int) -> Split:
 
 
 def fit(
-    bank: Bank,
-    encoder: Encoder,  # noqa: ARG001 every fit starts with bank, encoder and seed
+    reference_set: ReferenceSet,
+    encoder: Encoder,  # noqa: ARG001 every fit starts with reference set, encoder and seed
     seed: int,
     clusters: int = 10,
     dimensions: int = 10,
 ) -> Score:
-    """clusters: pseudo-classes, k-means of the bank's unit-norm embeddings; dimensions: kept by the PCA of each.
+    """clusters: pseudo-classes, k-means of the reference set's unit-norm embeddings; dimensions: kept by the PCA of each.
 
-    The poison must be in the bank to get a part of its own.
+    The poison must be in the reference set to get a part of its own.
     """
-    points = functional.normalize(bank.embeddings.double(), dim=1)
+    points = functional.normalize(reference_set.embeddings.double(), dim=1)
     centres = cluster(points, clusters, seed)
     members = assign(points, centres)
     splits = [split(points[members == number], dimensions, seed) for number in range(len(centres))]

@@ -1,20 +1,21 @@
 """ASSET (Pan et al., USENIX Security 2023), label-free: what does not look like the base set? (ASSET card sections 2, 3, 9.)
 
-inner:  the inner step alone: per batch, a fresh small network learns to tell the batch from the base (here: the bank).
+inner:  the inner step alone: per batch, a fresh small network learns to tell the batch from the base (here: the reference set).
 offset: our label-free reading of the full method: a detector network is pushed down on the base and up on the suspects.
 
 Both are TRANSDUCTIVE by nature: a score depends on the samples scored in the same call, on their order and on the seed.
-The bank must be clean and of the same kind as what is scored: any other difference counts as poison.
+The reference set must be clean and of the same kind as what is scored: any other difference counts as poison.
 """
 
 import math
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from sanitize.config import check
-from sanitize.detectors.bank import Bank, Score
+from sanitize.detectors.reference_set import ReferenceSet, Score
 from sanitize.stages.encoders import Encoder
 
 _SUSPECT = 2.0  # adjusted outlyingness above which the released code raises the loss
@@ -23,8 +24,8 @@ _LEARNING_RATE = 1e-3
 
 
 def fit(
-    bank: Bank,
-    encoder: Encoder,  # noqa: ARG001 every fit starts with bank, encoder and seed
+    reference_set: ReferenceSet,
+    encoder: Encoder,  # noqa: ARG001 every fit starts with reference set, encoder and seed
     seed: int,
     kind: str = "inner",
     batch_size: int = 256,
@@ -37,11 +38,11 @@ def fit(
     """
     check(kind in ("inner", "offset"), f"kind: {kind!r} is not inner or offset.")
     check(batch_size >= 2 and steps >= 1 and passes >= 1, "batch_size must be at least 2, steps and passes at least 1.")
-    mean, std = bank.embeddings.mean(dim=0), bank.embeddings.std(dim=0, correction=0)
+    mean, std = reference_set.embeddings.mean(dim=0), reference_set.embeddings.std(dim=0, correction=0)
     std = std.clamp(
         min=1e-3 * float(std.mean()) + 1e-12
-    )  # a unit that is dead on the bank must not outshout the others
-    base = (bank.embeddings - mean) / std
+    )  # a unit that is dead on the reference set must not outshout the others
+    base = (reference_set.embeddings - mean) / std
 
     def score(images: Tensor, embeddings: Tensor) -> Tensor:
         incoming = (embeddings.cpu() - mean) / std
@@ -49,7 +50,7 @@ def fit(
         values = [suspicion(incoming[batch], base, steps, _seed(seed, i)) for i, batch in enumerate(batches)]
         if kind == "offset":
             suspects = [batch[upper_outliers(value)] for batch, value in zip(batches, values, strict=True)]
-            return offset(images.cpu(), batches, suspects, bank.images, passes, _seed(seed, len(batches)))
+            return offset(images.cpu(), batches, suspects, reference_set.images, passes, _seed(seed, len(batches)))
         scores = torch.empty(len(incoming))
         scores[torch.cat(batches)] = torch.cat([rank(value) for value in values])
         return scores
@@ -81,7 +82,11 @@ def suspicion(incoming: Tensor, base: Tensor, steps: int, seed: int) -> Tensor:
         torch.manual_seed(seed)
         drawn = base[torch.randperm(len(base))[: len(incoming)]]
         network = nn.Sequential(
-            *(nn.Linear(base.shape[1], 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1))
+            nn.Linear(base.shape[1], 128),
+            nn.ReLU(),
+            nn.Linear(128, 128),
+            nn.ReLU(),
+            nn.Linear(128, 1),
         )
         up, down = (torch.optim.Adam(network.parameters(), lr=_LEARNING_RATE) for _ in range(2))
         for _ in range(steps):
@@ -100,9 +105,8 @@ def _step(optimizer: torch.optim.Optimizer, loss: Tensor, largest_norm: float = 
 
 def rank(values: Tensor) -> Tensor:
     """(B,) float32 rank in [0, 1], 1 = the largest; equal values share the mean of their ranks."""
-    below = (values[:, None] > values).sum(dim=1)
-    equal = (values[:, None] == values).sum(dim=1) - 1
-    return (below + 0.5 * equal) / max(len(values) - 1, 1)
+    ranks = torch.from_numpy(rankdata(values.numpy())).float()
+    return (ranks - 1) / max(len(values) - 1, 1)
 
 
 # ---------------------------------------------------------------- suspects
@@ -169,12 +173,10 @@ def offset(
 
 def detector_network() -> nn.Module:
     """(B, 3, S, S) → (B, 10). GroupNorm: what an image scores must not depend on a batch's statistics."""
-    return nn.Sequential(
-        *(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.GroupNorm(4, 16), nn.ReLU()),
-        *(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.GroupNorm(4, 32), nn.ReLU()),
-        *(nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.GroupNorm(4, 64), nn.ReLU()),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)),
-    )
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 16), (16, 32), (32, 64)):
+        layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.GroupNorm(4, outputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
 def spread(network: nn.Module, images: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from sanitize.config import check
-from sanitize.detectors.bank import Bank, Score, embed
-from sanitize.stages.encoders import Encoder
+from sanitize.detectors.reference_set import ReferenceSet, Score
+from sanitize.stages.encoders import Encoder, embed_in_batches
 
 _GRID = 8  # cells per side
 _SMALLEST_STEP = 1e-6  # below it 1 - cosine is float32 rounding, not a step
@@ -40,7 +40,7 @@ def largest_jump(sequences: Tensor) -> Tensor:
 
 
 def fit(
-    bank: Bank,
+    reference_set: ReferenceSet,
     encoder: Encoder,
     seed: int,
     ratios: int = 10,
@@ -49,11 +49,11 @@ def fit(
 ) -> Score:
     """ratios: masks from 0 to `last_ratio` of the cells; batch_size: images at once, each takes `ratios` encoder passes."""
     check(ratios >= 3 and 0 < last_ratio <= 1, f"ratios: {ratios} up to {last_ratio}; give 3 or more, up to at most 1.")
-    hidden = growing_masks(bank.images.shape[-1], torch.linspace(0, last_ratio, ratios), seed)
+    hidden = growing_masks(reference_set.images.shape[-1], torch.linspace(0, last_ratio, ratios), seed)
 
     def score(images: Tensor, _embeddings: Tensor) -> Tensor:
         parts = [masked(part, hidden).flatten(0, 1) for part in images.cpu().split(batch_size)]
-        sequences = [embed(encoder, part, batch_size * ratios).unflatten(0, (-1, ratios)) for part in parts]
+        sequences = [embed_in_batches(encoder, part, batch_size * ratios).unflatten(0, (-1, ratios)) for part in parts]
         return torch.cat([largest_jump(sequence) for sequence in sequences]).float()
 
     return score

@@ -1,6 +1,6 @@
 """Cross-encoder disagreement (CLIP card section 9, "cheap competitor"): what a second encoder cannot explain is suspicious.
 
-A ridge map A from an independent encoder g to the encoder under test f, fitted on the bank; the score is the whitened
+A ridge map A from an independent encoder g to the encoder under test f, fitted on the reference set; the score is the whitened
 norm of f(x) - A g(x). A trigger moves f(x) but not g(x).
 """
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from sanitize.config import check
-from sanitize.detectors.bank import Bank, Embed, Score, embed
-from sanitize.stages.encoders import Encoder
+from sanitize.detectors.reference_set import Embed, ReferenceSet, Score
+from sanitize.stages.encoders import Encoder, embed_in_batches
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def whitened_norm(residuals: Tensor, covariance: Tensor) -> Tensor:
 
 
 def fit(
-    bank: Bank,
-    encoder: Encoder,  # noqa: ARG001 every fit starts with bank, encoder and seed
+    reference_set: ReferenceSet,
+    encoder: Encoder,  # noqa: ARG001 every fit starts with reference set, encoder and seed
     seed: int,  # noqa: ARG001
     *,
     other: Embed,
@@ -56,17 +56,17 @@ def fit(
 ) -> Score:
     """other: the independent encoder g; embeddings of both are unit-norm. The residual covariance is Ledoit-Wolf shrunk.
 
-    A bank hardly larger than g's width makes the bank's residuals too small, alike in all directions: scores scale, ranks stay.
+    A reference set hardly larger than g's width makes its residuals too small, alike in all directions: scores scale, ranks stay.
     """
     check(regularisation > 0, f"regularisation: {regularisation} is not above 0.")
 
     def second(images: Tensor) -> Tensor:
-        return functional.normalize(embed(other, images.cpu(), batch_size).double(), dim=1)
+        return functional.normalize(embed_in_batches(other, images.cpu(), batch_size).double(), dim=1)
 
     def first(embeddings: Tensor) -> Tensor:
         return functional.normalize(embeddings.cpu().double(), dim=1)
 
-    g, f = second(bank.images), first(bank.embeddings)
+    g, f = second(reference_set.images), first(reference_set.embeddings)
     explained = ridge(g, f, regularisation)
     covariance = torch.from_numpy(ledoit_wolf(explained.residual(g, f).numpy(), assume_centered=True)[0])
     covariance += (1e-6 * covariance.diagonal().mean() + 1e-12) * torch.eye(len(covariance), dtype=covariance.dtype)

@@ -1,51 +1,40 @@
-"""Local density against a bank: k-distance, LID, SLOF and DAO (Huang et al., ICLR 2025; CLIP card sections 4 and 7).
+"""Local density against a reference set: k-distance, LID, SLOF and DAO (Huang et al., ICLR 2025; CLIP card sections 4 and 7).
 
-The clean definitions, without the deviations of the reference code (card section 5): a bank image is never its own
+The clean definitions, without the deviations of the reference code (card section 5): a reference image is never its own
 neighbour, and a neighbour's density is looked up under the neighbour's own index.
 
-Duplicates: every distance is floored at 1/1000 of the bank's median k-distance, and LID at most 1000 (it is infinite when
+Duplicates: every distance is floored at 1/1000 of the reference set's median k-distance, and LID at most 1000 (it is infinite when
 all neighbours are equally far). So more than k identical embeddings give finite scores; a copy of them looks dense.
 """
 
 from collections.abc import Callable
 
 import torch
+from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from torch.nn import functional
 
 from sanitize.config import check
-from sanitize.detectors.bank import Bank, Score
+from sanitize.detectors.reference_set import ReferenceSet, Score
 from sanitize.stages.encoders import Encoder
 
-_QUERIES_AT_ONCE = 256
-_FLOOR = 1e-3  # of the bank's median k-distance
+_FLOOR = 1e-3  # of the reference set's median k-distance
 _LARGEST_LID = 1000.0
 
 
-def nearest(queries: Tensor, bank: Tensor, count: int, *, within: bool = False) -> tuple[Tensor, Tensor]:
-    """The `count` nearest bank rows of each query, tiled over queries.
+def nearest(reference: Tensor, count: int, queries: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The `count` nearest reference rows of each query; without queries, of each reference row, none its own neighbour.
 
-    queries: (B, D) float64, bank: (m, D) float64; within: the queries are the bank's rows, and none is its own neighbour
-    returns: (B, count) float64 distances, ascending; (B, count) int64 rows of the bank
+    reference: (m, D) float64, queries: (B, D) float64
+    returns: (B, count) float64 distances, ascending; (B, count) int64 rows of the reference
     """
-    rows = torch.arange(len(queries))
-    tiles = [
-        _nearest(part, bank, count, own if within else None)
-        for part, own in zip(queries.split(_QUERIES_AT_ONCE), rows.split(_QUERIES_AT_ONCE), strict=True)
-    ]
-    distances, neighbours = zip(*tiles, strict=True)
-    return torch.cat(distances), torch.cat(neighbours)
-
-
-def _nearest(queries: Tensor, bank: Tensor, count: int, own: Tensor | None) -> tuple[Tensor, Tensor]:
-    squared = queries.square().sum(1, keepdim=True) + bank.square().sum(1) - 2 * queries @ bank.T
-    if own is not None:
-        squared[torch.arange(len(own)), own] = torch.inf
-    chosen = squared.topk(count, dim=1, largest=False).indices
-    # the product form cancels for close pairs: the chosen few again, exactly
-    exact = torch.stack([torch.linalg.vector_norm(queries - bank[row], dim=1) for row in chosen.T], dim=1)
+    search = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(reference.numpy())
+    rows = torch.from_numpy(search.kneighbors(None if queries is None else queries.numpy(), return_distance=False))
+    queries = reference if queries is None else queries
+    # scikit-learn's product form cancels for close pairs: the few that it found again, exactly
+    exact = torch.stack([torch.linalg.vector_norm(queries - reference[row], dim=1) for row in rows.T], dim=1)
     distances, order = exact.sort(dim=1, stable=True)
-    return distances, chosen.gather(1, order)
+    return distances, rows.gather(1, order)
 
 
 def lid(distances: Tensor) -> Tensor:
@@ -75,8 +64,8 @@ _KINDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def fit(
-    bank: Bank,
-    encoder: Encoder,  # noqa: ARG001 every fit starts with bank, encoder and seed
+    reference_set: ReferenceSet,
+    encoder: Encoder,  # noqa: ARG001 every fit starts with reference set, encoder and seed
     seed: int,  # noqa: ARG001
     kind: str = "dao",
     k: int = 16,
@@ -84,29 +73,32 @@ def fit(
 ) -> Score:
     """kind: kdistance | lid | slof | dao; k: neighbours; unit: compare directions only, raw embeddings otherwise."""
     check(kind in _KINDS, f"kind: {kind!r} is not one of {', '.join(_KINDS)}.")
-    size = len(bank.embeddings)
-    check(1 <= k <= size - 2, f"k: {k} neighbours in a bank of {size} images; give 1 to {size - 2}, or a larger bank.")
-    centre = bank.embeddings.double().mean(dim=0) * (not unit)
+    size = len(reference_set.embeddings)
+    check(
+        1 <= k <= size - 2,
+        f"k: {k} neighbours in a reference set of {size} images; give 1 to {size - 2}, or a larger set.",
+    )
+    centre = reference_set.embeddings.double().mean(dim=0) * (not unit)
 
     def points(embeddings: Tensor) -> Tensor:
         embeddings = embeddings.cpu().double()
         return functional.normalize(embeddings, dim=1) if unit else embeddings - centre
 
-    reference = points(bank.embeddings)
-    distances, _ = nearest(reference, reference, k + 1, within=True)
+    reference = points(reference_set.embeddings)
+    distances, _ = nearest(reference, k + 1)
     floor = smallest_distance(distances[:, k - 1])
     distances = distances.clamp(min=floor)
-    bank_kd, bank_lid = distances[:, k - 1], lid(distances)
+    reference_kd, reference_lid = distances[:, k - 1], lid(distances)
 
     def score(_images: Tensor, embeddings: Tensor) -> Tensor:
-        distances, neighbours = nearest(points(embeddings), reference, k + 1)
+        distances, neighbours = nearest(reference, k + 1, points(embeddings))
         around = neighbours[:, :k]
-        return _KINDS[kind](distances.clamp(min=floor), bank_kd[around], bank_lid[around]).float()
+        return _KINDS[kind](distances.clamp(min=floor), reference_kd[around], reference_lid[around]).float()
 
     return score
 
 
 def smallest_distance(kd: Tensor) -> float:
-    """The floor of all distances, from the bank's (m,) k-distances; those of duplicates (0) do not count."""
+    """The floor of all distances, from the reference set's (m,) k-distances; those of duplicates (0) do not count."""
     positive = kd[kd > 0]
     return _FLOOR * float(positive.median()) if len(positive) else 1.0

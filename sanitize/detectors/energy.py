@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from sanitize.detectors.bank import Bank, Score
+from sanitize.detectors.reference_set import ReferenceSet, Score
 from sanitize.stages.encoders import Encoder
 
 
@@ -11,7 +11,7 @@ def energy(images: Tensor) -> Tensor:
     return images.square().sum(dim=(1, 2, 3))
 
 
-def fit(bank: Bank, encoder: Encoder, seed: int) -> Score:  # noqa: ARG001 every fit has this signature
+def fit(reference_set: ReferenceSet, encoder: Encoder, seed: int) -> Score:  # noqa: ARG001 every fit has this signature
     """Energy of the pixels as the encoder normalises them; nothing is learned."""
     mean, std = encoder.mean.cpu(), encoder.std.cpu()
 

@@ -1,16 +1,16 @@
-"""Isolation forest on the raw embeddings (Liu et al., 2008), fitted on the bank once (CLIP card section 4)."""
+"""Isolation forest on the raw embeddings (Liu et al., 2008), fitted on the reference set once (CLIP card section 4)."""
 
 import torch
 from sklearn.ensemble import IsolationForest
 from torch import Tensor
 
-from sanitize.detectors.bank import Bank, Score
+from sanitize.detectors.reference_set import ReferenceSet, Score
 from sanitize.stages.encoders import Encoder
 
 
-def fit(bank: Bank, encoder: Encoder, seed: int, trees: int = 100) -> Score:  # noqa: ARG001 every fit has this signature
+def fit(reference_set: ReferenceSet, encoder: Encoder, seed: int, trees: int = 100) -> Score:  # noqa: ARG001 every fit has this signature
     """scikit-learn's score is high for inliers, so it is negated: (B,) float32 in (0, 1)."""
-    forest = IsolationForest(n_estimators=trees, random_state=seed).fit(bank.embeddings.numpy())
+    forest = IsolationForest(n_estimators=trees, random_state=seed).fit(reference_set.embeddings.numpy())
 
     def score(_images: Tensor, embeddings: Tensor) -> Tensor:
         return torch.from_numpy(-forest.score_samples(embeddings.cpu().numpy())).float()

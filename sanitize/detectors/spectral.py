@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sanitize.detectors.bank import Bank, Score, assign, cluster, principal_axes
+from sanitize.detectors.reference_set import ReferenceSet, Score, assign, cluster, fit_pca
 from sanitize.stages.encoders import Encoder
 
 
 def signature(embeddings: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (D,) and strongest direction (D,), unit length, of one class of (N, D) embeddings; float64."""
-    mean = embeddings.double().mean(dim=0)
-    return mean, principal_axes(embeddings.double() - mean, 1)[:, 0]
+    fitted = fit_pca(embeddings, 1)
+    return torch.from_numpy(fitted.mean_), torch.from_numpy(fitted.components_[0])
 
 
 def spectral_score(embeddings: Tensor, mean: Tensor, direction: Tensor) -> Tensor:
@@ -19,12 +19,12 @@ def spectral_score(embeddings: Tensor, mean: Tensor, direction: Tensor) -> Tenso
     return ((embeddings.double() - mean) * direction).sum(dim=1).square()
 
 
-def fit(bank: Bank, encoder: Encoder, seed: int, clusters: int = 10) -> Score:  # noqa: ARG001 every fit has this signature
-    """clusters: pseudo-classes, k-means of the bank's unit-norm embeddings; what is scored goes to the nearest of them.
+def fit(reference_set: ReferenceSet, encoder: Encoder, seed: int, clusters: int = 10) -> Score:  # noqa: ARG001 every fit has this signature
+    """clusters: pseudo-classes, k-means of the reference set's unit-norm embeddings; what is scored goes to the nearest of them.
 
-    Poison must be in the bank for its direction to be learned; a clean bank gives the direction of most clean variance.
+    Poison must be in the reference set for its direction to be learned; a clean bank gives the direction of most clean variance.
     """
-    points = functional.normalize(bank.embeddings.double(), dim=1)
+    points = functional.normalize(reference_set.embeddings.double(), dim=1)
     centres = cluster(points, clusters, seed)
     members = assign(points, centres)
     signatures = [signature(points[members == number]) for number in range(len(centres))]

@@ -110,7 +110,7 @@ def patch_order(sha256: str, num_patches: int, seed: int) -> np.ndarray:
 
 
 def hidden_pixels(order: Tensor, visible: int, config: DecoderConfig) -> Tensor:
-    """(B, 1, R, R) bool, True where the decoder did not see the picture; order (B, T)."""
+    """(B, 1, R, R) bool, True where the decoder did not see the image; order (B, T)."""
     side = config.image_size // config.patch_size
     hidden = torch.ones(order.shape, dtype=torch.bool, device=order.device)
     hidden.scatter_(1, order[:, :visible], False)

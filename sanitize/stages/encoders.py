@@ -5,11 +5,12 @@ Weights come from safetensors or from PyTorch files that load with `weights_only
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import safetensors
@@ -24,6 +25,7 @@ from sanitize.config import EncoderSpec
 from sanitize.errors import CheckpointError, ConfigError
 from sanitize.stages import clip
 from sanitize.stages.exported import load_exported
+from sanitize.stages.precision import autocast
 
 _RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet10": (BasicBlock, [1, 1, 1, 1]),
@@ -68,6 +70,25 @@ class Encoder(nn.Module):
             digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def embed(encoder: Encoder, images: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, 3, S, S) in [0, 1] → (B, D) float32, computed in `dtype`."""
+    with autocast(images.device, dtype):
+        embeddings: Tensor = encoder(images)
+    return embeddings.float()
+
+
+@torch.no_grad()
+def embed_in_batches(encoder: Callable[[Tensor], Tensor], pixels: Tensor, batch_size: int = 256) -> Tensor:
+    """(N, 3, S, S) uint8 → (N, D) float32 raw, in fp32, on the CPU; computed where the encoder is."""
+    device = device_of(encoder) if isinstance(encoder, nn.Module) else pixels.device
+    return torch.cat([encoder(part.to(device).float() / 255).float().cpu() for part in pixels.split(batch_size)])
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where its weights are; the CPU when it has none."""
+    return next(itertools.chain(module.parameters(), module.buffers()), torch.empty(0)).device
 
 
 def load_encoder(spec: EncoderSpec) -> Encoder:

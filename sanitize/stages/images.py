@@ -15,25 +15,25 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from sanitize.records import Picture, Sample
+from sanitize.records import DecodedImage, Sample
 
 DECODE_PATH = "pillow-rgb8/1"
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 MAX_PIXELS = 1 << 26  # 64 megapixels, 200 MB as RGB
 
 
-def decode_sample(sample: Sample, max_pixels: int = MAX_PIXELS) -> Picture:
-    """The sample's picture, or the reason why there is none."""
+def decode_sample(sample: Sample, max_pixels: int = MAX_PIXELS) -> DecodedImage:
+    """The sample's image, or the reason why there is none."""
     if sample.status != "ok" or sample.image is None:
-        return Picture(sample.index, sample.key, "", None, 0, 0, sample.status, sample.reason)
+        return DecodedImage(sample.index, sample.key, "", None, 0, 0, sample.status, sample.reason)
     digest = hashlib.sha256(sample.image).hexdigest()
-    pixels, width, height, reason = decode(sample.image, max_pixels)
+    pixels, width, height, reason = decode_image(sample.image, max_pixels)
     status = "ok" if pixels is not None else "undecodable"
     caption = (sample.caption, sample.caption_reason)
-    return Picture(sample.index, sample.key, digest, pixels, width, height, status, reason, *caption)
+    return DecodedImage(sample.index, sample.key, digest, pixels, width, height, status, reason, *caption)
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Tensor | None, int, int, str]:
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Tensor | None, int, int, str]:
     """(pixels, width, height, reason): (3, H, W) uint8 and "", or None and why. The size is checked before decoding."""
     if not data:
         return None, 0, 0, "the image file is empty"
@@ -58,15 +58,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_batch(pixels: Sequence[Tensor], size: int, resize: str, device: torch.device) -> Tensor:
-    """Pictures of any size → (B, 3, size, size) float32 in [0, 1] on `device`.
+    """Images of any size → (B, 3, size, size) float32 in [0, 1] on `device`.
 
-    pixels: (3, H, W) uint8 each. resize: "squash" shows the encoder the whole picture, "crop" its central square.
-    Pictures of one size move and shrink together; the result of each does not depend on the others.
+    pixels: (3, H, W) uint8 each. resize: "squash" shows the encoder the whole image, "crop" its central square.
+    Images of one size move and shrink together; the result of each does not depend on the others.
     """
     batch = torch.empty(len(pixels), 3, size, size, device=device)
     by_shape: dict[torch.Size, list[int]] = {}
-    for position, picture in enumerate(pixels):
-        by_shape.setdefault(picture.shape, []).append(position)
+    for position, image in enumerate(pixels):
+        by_shape.setdefault(image.shape, []).append(position)
     for positions in by_shape.values():
         group = torch.stack([pixels[position] for position in positions])
         if device.type == "cuda":

@@ -1,7 +1,7 @@
 """Score rows ⇄ Parquet. The one place that names columns and types."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 import numpy as np
@@ -12,14 +12,24 @@ from numpy.typing import NDArray
 
 from sanitize import storage
 from sanitize.errors import StorageError
-from sanitize.records import Picture
-from sanitize.stages.reactions import ALTERATIONS, signature
-from sanitize.stages.scoring import Scores
+from sanitize.records import DecodedImage
+from sanitize.stages.clean_reference import embedding_statistics
+from sanitize.stages.perturbations import CHANGE_COLUMNS
 from sanitize.stages.shards import printable
 from sanitize.stages.thresholds import p_values
 
+Floats = NDArray[np.float32]
 SCHEMA_VERSION = 3
-REACTIONS = [f"reaction_{name}" for name in ALTERATIONS]
+STATISTICS: Mapping[str, str] = {  # column, float32 → what it means; null where an image has none
+    "score": "the statistic that decides; higher = more suspicious",
+    "p_value": "of the score against calibration: (1 + #{calibration >= score}) / (n + 1)",
+    "error": "mean squared reconstruction error over hidden pixels, normalised units",
+    "error_reference": "the same image against reconstructions of other embeddings",
+    "embedding_norm": "length of the raw embedding",
+    "text_similarity": "cosine of image and caption embeddings; only when captions are read",
+    "neighbour_distance": "to the 16th nearest of the clean embeddings, 0 to 2; only of the scorer `reaction`",
+    **dict.fromkeys(CHANGE_COLUMNS, "log cosine change of the embedding under this perturbation, where it was tried"),
+}
 SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
@@ -30,53 +40,39 @@ SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("status", pa.string()),
         ("reason", pa.string()),  # why there is no score; of scored samples: why there is no text_similarity
-        ("score", pa.float32()),
-        ("p_value", pa.float32()),
-        ("error", pa.float32()),
-        ("error_reference", pa.float32()),
-        ("embedding_norm", pa.float32()),
-        ("text_similarity", pa.float32()),  # null unless captions were read
-        ("neighbour_distance", pa.float32()),  # null but for the scorer `reaction`
-        *((name, pa.float32()) for name in REACTIONS),  # null unless the picture was altered
+        *((name, pa.float32()) for name in STATISTICS),
     ]
 )
 ROW_GROUP = 16_384  # rows held in memory before they are written
 
 
-def rows(shard: str, pictures: Sequence[Picture], scores: Scores, calibration: NDArray[np.float32]) -> pa.Table:
-    """One row per picture. `scores` holds the decodable ones (pixels present), in order."""
-    scored = np.array([p.pixels is not None for p in pictures], dtype=bool)
-    finite = np.isfinite(scores.score)
-    statuses, reasons = [p.status for p in pictures], [p.reason or p.caption_reason for p in pictures]
-    for position in np.flatnonzero(scored)[~finite]:
+def rows(shard: str, decoded: Sequence[DecodedImage], columns: Mapping[str, Floats], calibration: Floats) -> pa.Table:
+    """One row per image. `columns` (names of STATISTICS) hold the decodable ones (pixels present), in order."""
+    has_pixels = np.array([image.pixels is not None for image in decoded], dtype=bool)
+    finite = np.isfinite(columns["score"])
+    statuses, reasons = [image.status for image in decoded], [image.reason or image.caption_reason for image in decoded]
+    for position in np.flatnonzero(has_pixels)[~finite]:
         statuses[position], reasons[position] = "not_finite", "the model gave no finite score or had no memory for it"
+    known = {**columns, "p_value": p_values(columns["score"], calibration)}
+    assert known.keys() <= STATISTICS.keys(), f"not in STATISTICS: {known.keys() - STATISTICS.keys()}"
 
-    def column(values: NDArray[np.float32]) -> pa.Array:
-        full = np.full(len(pictures), np.nan, np.float32)
-        full[np.flatnonzero(scored)[finite]] = values[finite]
+    def statistic(name: str) -> pa.Array:
+        full = np.full(len(decoded), np.nan, np.float32)
+        if name in known:
+            full[np.flatnonzero(has_pixels)[finite]] = known[name][finite]
         return pa.array(full, pa.float32(), mask=np.isnan(full))
 
-    return pa.table(
-        [
-            pa.array([shard] * len(pictures)),
-            pa.array([printable(p.key) for p in pictures]),
-            pa.array([p.index for p in pictures], pa.int64()),
-            pa.array([p.sha256 for p in pictures]),
-            pa.array([p.width for p in pictures], pa.int32()),
-            pa.array([p.height for p in pictures], pa.int32()),
-            pa.array(statuses),
-            pa.array(reasons),
-            column(scores.score),
-            column(p_values(scores.score, calibration)),
-            column(scores.error),
-            column(scores.error_reference),
-            column(scores.embedding_norm),
-            column(scores.text_similarity),
-            column(scores.neighbour_distance),
-            *(column(values) for values in scores.reactions),
-        ],
-        schema=SCHEMA,
-    )
+    identity = {
+        "shard": [shard] * len(decoded),
+        "key": [printable(image.key) for image in decoded],
+        "index": [image.index for image in decoded],
+        "sha256": [image.sha256 for image in decoded],
+        "width": [image.width for image in decoded],
+        "height": [image.height for image in decoded],
+        "status": statuses,
+        "reason": reasons,
+    }
+    return pa.table({**identity, **{name: statistic(name) for name in STATISTICS}}, schema=SCHEMA)
 
 
 class ScoreWriter:
@@ -126,15 +122,15 @@ def read(path: str, columns: Sequence[str]) -> pa.Table:
             raise StorageError(f"{path}: not a readable score table ({error}). Delete it and scan again.") from None
 
 
-def signatures(path: str) -> NDArray[np.float32]:
-    """(N, V + 2) signatures of the samples of one score file, as stages/reactions.py orders them; NaN where not altered."""
-    table = read(path, [*REACTIONS, "embedding_norm", "neighbour_distance"])
-    observed = np.stack([numbers(table, name) for name in REACTIONS], axis=1)
+def statistics(path: str) -> Floats:
+    """(N, V + 2) embedding statistics of the samples of one score file; NaN where an image was not perturbed."""
+    table = read(path, [*CHANGE_COLUMNS, "embedding_norm", "neighbour_distance"])
+    changes = torch.from_numpy(np.stack([numbers(table, name) for name in CHANGE_COLUMNS], axis=1))
     norms, distances = (torch.from_numpy(numbers(table, name)) for name in ("embedding_norm", "neighbour_distance"))
-    return signature(torch.from_numpy(observed), norms, distances).numpy()
+    return embedding_statistics(changes, norms, distances).numpy()
 
 
-def numbers(table: pa.Table, column: str) -> NDArray[np.float32]:
+def numbers(table: pa.Table, column: str) -> Floats:
     """A numeric column as float32, NaN where it is null."""
-    values: NDArray[np.float32] = table.column(column).to_numpy(zero_copy_only=False).astype(np.float32)
+    values: Floats = table.column(column).to_numpy(zero_copy_only=False).astype(np.float32)
     return values

@@ -1,14 +1,14 @@
-"""Pictures + encoder + decoder → one score per picture. Higher = more suspicious, everywhere.
+"""Images + encoder + decoder → score columns. Higher = more suspicious, everywhere.
 
-`paper`: the reference score of DeDe, sum of squared differences over hidden pixels in normalised units (card section 4).
+`paper`: DeDe's score, the sum of squared differences over hidden pixels in normalised units (DeDe, CVPR 2025, eq. 5).
 `lowres`: mean squared difference at the decoder's (low) resolution.
-`reaction`: how unlike clean pictures' the embedding lies and reacts to alterations of the picture (stages/reactions.py); a picture
-that looks clean by where it lies alone (first look below a gate) is not altered, its score is first look - gate, below every distance.
+`reaction`: how unlike clean images' the embedding lies and changes under perturbations (clean_reference.py); an image that looks
+clean by where it lies alone (prescreen score below a threshold) is not perturbed: its score is the difference, below every distance.
 """
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,33 +17,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from sanitize.records import Picture
+from sanitize.records import DecodedImage
+from sanitize.stages.clean_reference import CleanReference, embedding_statistics, neighbour_distance
 from sanitize.stages.decoder import Decoder, hidden_pixels, patch_order, visible_count
-from sanitize.stages.encoders import Encoder
+from sanitize.stages.encoders import Encoder, embed
 from sanitize.stages.images import shrink, to_batch
-from sanitize.stages.reactions import ALTERATIONS, CleanSignature, neighbour_distance, reactions, signature
+from sanitize.stages.perturbations import CHANGE_COLUMNS, PERTURBATIONS, embedding_changes
+from sanitize.stages.precision import autocast, resolve_precision
 from sanitize.stages.text import TextEncoder
 
 log = logging.getLogger(__name__)
 Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Columns of one batch, each (B,) float32; NaN where the model gave no finite number or had no memory for the picture.
-
-    text_similarity: cosine of image and caption embeddings, NaN as well where there is no caption.
-    neighbour_distance: of the embedding to clean ones, NaN but for the scorer `reaction`; reactions: (V, B), one row for each
-    alteration, NaN as well where the picture was not altered.
-    """
-
-    score: Floats
-    error: Floats
-    error_reference: Floats
-    embedding_norm: Floats
-    text_similarity: Floats
-    neighbour_distance: Floats
-    reactions: Floats
+Columns = dict[str, Floats]  # score column (stages/score_table.py names them all) → (B,), NaN where an image has none
+TensorColumns = dict[str, Tensor]
+REQUIRED = ("score", "error", "error_reference", "embedding_norm")  # an image that lacks one has no score at all
 
 
 @dataclass(frozen=True)
@@ -55,6 +42,9 @@ class References:
 
     def to(self, device: torch.device) -> "References":
         return References(self.mean.to(device), self.mean_square.to(device))
+
+
+# ---------------------------------------------------------------- statistics of the reconstruction
 
 
 def paper_score(images: Tensor, reconstructions: Tensor, hidden: Tensor) -> Tensor:
@@ -73,22 +63,12 @@ def reference_error(images: Tensor, references: References, hidden: Tensor) -> T
     return (squared * hidden).sum(dim=(1, 2, 3)) / (3 * hidden.sum(dim=(1, 2, 3)))
 
 
-# what is computed from the reconstruction alone
+# the score of the reconstruction alone; `reaction` replaces it by a distance from clean embeddings
 SCORERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "paper": paper_score,
     "lowres": mean_score,
     "reaction": mean_score,
 }
-# score, error, error_reference, embedding_norm, text_similarity, neighbour_distance, reactions
-COLUMNS = 6 + len(ALTERATIONS)
-
-
-def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bf16 where the hardware multiplies it natively, else fp32."""
-    if precision == "auto":
-        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-        precision = "bf16" if native else "fp32"
-    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def normalised(images: Tensor, encoder: Encoder, size: int) -> Tensor:
@@ -96,8 +76,11 @@ def normalised(images: Tensor, encoder: Encoder, size: int) -> Tensor:
     return (shrink(images, size) - encoder.mean) / encoder.std
 
 
+# ---------------------------------------------------------------- the scorer
+
+
 class Scorer:
-    """Holds the frozen models; scores pictures in batches. A score does not depend on the other pictures of the batch."""
+    """Holds the frozen models; scores images in batches. A score does not depend on the other images of the batch."""
 
     def __init__(
         self,
@@ -111,13 +94,13 @@ class Scorer:
         precision: str,
         device: torch.device,
         text: TextEncoder | None = None,
-        clean: CleanSignature | None = None,
-        gate: float = -math.inf,
+        clean_reference: CleanReference | None = None,
+        prescreen_threshold: float = -math.inf,
     ) -> None:
-        """clean, gate: of the scorer `reaction`; pictures whose first look is below `gate` are not altered."""
+        """clean_reference: of the scorer `reaction`; images with a prescreen score below the threshold are not perturbed."""
         self.device = device
-        self.clean = clean.to(device) if clean else None
-        self.gate = gate
+        self.clean_reference = clean_reference.to(device) if clean_reference else None
+        self.prescreen_threshold = prescreen_threshold
         self.text = text.to(device) if text else None
         self.encoder = encoder.to(device)
         self.decoder = decoder.to(device)
@@ -128,66 +111,65 @@ class Scorer:
         self.dtype = resolve_precision(precision, device)
         self.largest = 0  # batch that fitted into memory; 0 = nothing was too large yet
 
-    def __call__(self, pictures: Sequence[Picture]) -> Scores:
-        """Score decodable pictures. A batch too large for the device is halved, down to single pictures."""
-        size = min(len(pictures), self.largest or len(pictures))
-        parts = [self._score_or_halve(pictures[i : i + size]) for i in range(0, len(pictures), max(size, 1))]
-        columns = torch.cat(parts, dim=1).numpy() if parts else np.empty((COLUMNS, 0), np.float32)
-        columns = np.where(np.isfinite(columns[:4]).all(axis=0), columns, np.float32("nan"))
-        score, error, reference, norm, similarity, distance, *observed = columns
-        return Scores(score, error, reference, norm, similarity, distance, np.stack(observed))
+    def __call__(self, decoded: Sequence[DecodedImage]) -> Columns:
+        """Score decodable images. A batch too large for the device is halved, down to single images."""
+        size = min(len(decoded), self.largest or len(decoded))
+        parts = [self._score_or_halve(decoded[i : i + size]) for i in range(0, len(decoded), max(size, 1))]
+        columns = {name: values.numpy() for name, values in _joined(parts).items()}
+        unscored = ~np.all([np.isfinite(columns[name]) for name in REQUIRED if name in columns], axis=0)
+        return {name: np.where(unscored, np.float32("nan"), values) for name, values in columns.items()}
 
-    def _score_or_halve(self, pictures: Sequence[Picture]) -> Tensor:
+    def _score_or_halve(self, decoded: Sequence[DecodedImage]) -> TensorColumns:
         try:
-            return self._score(pictures).cpu()
+            return {name: values.cpu() for name, values in self._score(decoded).items()}
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-        if len(pictures) == 1:
-            log.warning("sample %s does not fit into the memory of %s even alone", pictures[0].key, self.device)
-            return torch.full((COLUMNS, 1), float("nan"))
-        self.largest = len(pictures) // 2
+        if len(decoded) == 1:
+            log.warning("sample %s does not fit into the memory of %s even alone", decoded[0].key, self.device)
+            return {"score": torch.full((1,), float("nan"))}
+        self.largest = len(decoded) // 2
         log.warning("out of memory on %s: batches of %d from now on", self.device, self.largest)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        halves = pictures[: self.largest], pictures[self.largest :]
-        return torch.cat([self._score_or_halve(half) for half in halves], dim=1)
+        return _joined([self._score_or_halve(half) for half in (decoded[: self.largest], decoded[self.largest :])])
 
     @torch.inference_mode()
-    def _score(self, pictures: Sequence[Picture]) -> Tensor:
-        """(COLUMNS, B), in the order of that constant's comment."""
-        images, embeddings = self.embed(pictures)
+    def _score(self, decoded: Sequence[DecodedImage]) -> TensorColumns:
+        """Adding a statistic: a line here, and one in `score_table.STATISTICS` (docs/extending.md)."""
+        images, embeddings = self.embed(decoded)
         targets = normalised(images, self.encoder, self.decoder.config.image_size)
-        reconstructions, hidden = self.reconstruct(embeddings, targets, [p.sha256 for p in pictures])
-        error = mean_score(targets, reconstructions, hidden)
-        score, norms = self.score(targets, reconstructions, hidden), embeddings.norm(dim=1)
-        observed, distances = self._unaltered(len(pictures)), torch.full_like(error, float("nan"))
-        if self.clean:
-            distances = neighbour_distance(embeddings, self.clean.bank)
-            look = self.clean.first_look(signature(observed, norms, distances))
-            passed = look >= self.gate
-            observed[passed] = self.react(images[passed], embeddings[passed])
-            found = signature(observed, norms, distances)
-            score = torch.where(passed, self.clean.distance(found), look - self.gate)
-        columns = (
-            score,
-            error,
-            reference_error(targets, self.references, hidden),
-            norms,
-            self.text_similarity(embeddings, [p.caption for p in pictures]),
-            distances,
-        )
-        return torch.cat([torch.stack(columns), observed.T])
+        reconstructions, hidden = self.reconstruct(embeddings, targets, [image.sha256 for image in decoded])
+        columns = {
+            "score": self.score(targets, reconstructions, hidden),
+            "error": mean_score(targets, reconstructions, hidden),
+            "error_reference": reference_error(targets, self.references, hidden),
+            "embedding_norm": embeddings.norm(dim=1),
+            "text_similarity": self.text_similarity(embeddings, [image.caption for image in decoded]),
+        }
+        if self.clean_reference:
+            columns |= self._against_clean(self.clean_reference, images, embeddings)
+        return columns
+
+    def _against_clean(self, reference: CleanReference, images: Tensor, embeddings: Tensor) -> TensorColumns:
+        """The score of `reaction` and what it is made of; changes are NaN where an image was not perturbed."""
+        norms, distances = embeddings.norm(dim=1), neighbour_distance(embeddings, reference.clean_embeddings)
+        changes = torch.full((len(images), len(PERTURBATIONS)), float("nan"), device=self.device)
+        prescreen = reference.prescreen_score(embedding_statistics(changes, norms, distances))
+        passed = prescreen >= self.prescreen_threshold
+        if passed.any():
+            changes[passed] = self.changes(images[passed], embeddings[passed])
+        distance = reference.distance(embedding_statistics(changes, norms, distances))
+        columns = {
+            "score": torch.where(passed, distance, prescreen - self.prescreen_threshold),
+            "neighbour_distance": distances,
+        }
+        return columns | dict(zip(CHANGE_COLUMNS, changes.T, strict=True))
 
     @torch.inference_mode()
-    def react(self, images: Tensor, embeddings: Tensor) -> Tensor:
-        """(B, V) reactions of pictures (B, 3, S, S) in [0, 1] with embeddings (B, D)."""
-        if not len(images):
-            return self._unaltered(0)
-        return reactions(lambda altered: embed(self.encoder, altered, self.dtype), images, embeddings)
-
-    def _unaltered(self, count: int) -> Tensor:
-        return torch.full((count, len(ALTERATIONS)), float("nan"), device=self.device)
+    def changes(self, images: Tensor, embeddings: Tensor) -> Tensor:
+        """(B, V) changes of the embeddings (B, D) when the images (B, 3, S, S) in [0, 1] are perturbed."""
+        return embedding_changes(lambda perturbed: embed(self.encoder, perturbed, self.dtype), images, embeddings)
 
     def text_similarity(self, embeddings: Tensor, captions: Sequence[str]) -> Tensor:
         """(B,) cosine of each image with its own caption; NaN where the caption is "" or no text tower is loaded."""
@@ -199,17 +181,17 @@ class Scorer:
         return similarity
 
     @torch.inference_mode()
-    def embed(self, pictures: Sequence[Picture]) -> tuple[Tensor, Tensor]:
+    def embed(self, decoded: Sequence[DecodedImage]) -> tuple[Tensor, Tensor]:
         """images (B, 3, S, S) in [0, 1] and raw embeddings (B, D), both float32 on the device."""
         spec = self.encoder.spec
-        pixels = [p.pixels for p in pictures if p.pixels is not None]
+        pixels = [image.pixels for image in decoded if image.pixels is not None]
         images = to_batch(pixels, spec.image_size, spec.resize, self.device)
         return images, embed(self.encoder, images, self.dtype)
 
     @torch.inference_mode()
     def reconstruct(self, embeddings: Tensor, targets: Tensor, hashes: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Reconstructions (B, 3, R, R) and hidden pixels (B, 1, R, R); with nothing visible no permutation is drawn."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with autocast(self.device, self.dtype):
             if not self.visible:
                 hidden = torch.ones(len(targets), 1, *targets.shape[-2:], dtype=torch.bool, device=self.device)
                 return self.decoder(embeddings).float(), hidden
@@ -219,11 +201,14 @@ class Scorer:
         return reconstructions, hidden_pixels(order, self.visible, self.decoder.config)
 
 
-def embed(encoder: Encoder, images: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, 3, S, S) in [0, 1] → (B, D) float32, computed in `dtype`."""
-    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-        embeddings: Tensor = encoder(images)
-    return embeddings.float()
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> TensorColumns:
+    """Columns of several batches, one after the other; NaN where a batch has not all of them."""
+
+    def column(part: Mapping[str, Tensor], name: str) -> Tensor:
+        return part.get(name, torch.full_like(part["score"], float("nan")))
+
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: torch.cat([column(part, name) for part in parts]) for name in names} or {"score": torch.empty(0)}
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -4,11 +4,13 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import false_discovery_control, median_abs_deviation
 
 from sanitize.config import ThresholdPolicy
 from sanitize.errors import ConfigError
 
 Floats = NDArray[np.float32]
+MAD_TO_DEVIATION = 1.4826  # of a Gaussian
 
 
 def p_values(scores: Floats, calibration: Floats) -> Floats:
@@ -17,7 +19,7 @@ def p_values(scores: Floats, calibration: Floats) -> Floats:
     return np.where(np.isnan(scores), np.nan, (1 + at_least) / (len(calibration) + 1)).astype(np.float32)
 
 
-def cut_off(scores: Floats, calibration: Floats, policy: ThresholdPolicy) -> float:
+def threshold_for(scores: Floats, calibration: Floats, policy: ThresholdPolicy) -> float:
     """The highest score that is kept under `policy`. scores (N,) with NaN for unscored samples; calibration (n,) sorted.
 
     calibrated: conformal quantile, at most `fpr` of clean images above it. fdr: Benjamini-Hochberg on p-values.
@@ -35,8 +37,7 @@ def cut_off(scores: Floats, calibration: Floats, policy: ThresholdPolicy) -> flo
     if policy.policy == "fraction":
         removed = round(policy.fraction * len(finite))
         return float(np.sort(finite)[len(finite) - removed - 1]) if removed < len(finite) else -math.inf
-    median = float(np.median(finite))
-    return median + policy.mad * 1.4826 * float(np.median(np.abs(finite - median)))
+    return float(np.median(finite)) + policy.mad * MAD_TO_DEVIATION * float(median_abs_deviation(finite))
 
 
 def _conformal(calibration: Floats, fpr: float) -> float:
@@ -51,12 +52,9 @@ def _conformal(calibration: Floats, fpr: float) -> float:
 
 
 def _benjamini_hochberg(finite: Floats, calibration: Floats, rate: float) -> float:
-    p = p_values(finite, calibration).astype(np.float64)
-    ranked = np.sort(p)
-    passes = np.flatnonzero(ranked <= rate * np.arange(1, len(p) + 1) / len(p))
-    if len(passes) == 0:
+    kept = finite[false_discovery_control(p_values(finite, calibration).astype(np.float64)) > rate]
+    if len(kept) == len(finite):
         return math.inf
-    kept = finite[p > ranked[passes[-1]]]
     return float(kept.max()) if len(kept) else -math.inf
 
 

@@ -1,0 +1,219 @@
+"""The scan folder: what is on disk after a scan, typed. Everything that reads or writes one goes through here.
+
+run.json                     Run: settings, detector, input shards; a folder belongs to one run
+scores/<stem>.parquet        pass 1; columns in stages/score_table.py
+done/<stem>.json             ShardMarker: counts and SHA-256 of a shard's files; written last
+decisions.parquet            pass 2; decisions.py
+clean/<stem>.tar  quarantine/<stem>.tar
+summary.json                 Summary, written when pass 2 is through
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sanitize import storage
+from sanitize.artifacts import run_record
+from sanitize.artifacts.decisions import DecisionTable
+from sanitize.config import ThresholdPolicy
+from sanitize.config_loading import from_mapping, to_mapping
+from sanitize.errors import ConfigError, StorageError
+from sanitize.records import Shard
+
+T = TypeVar("T")
+CLEAN, QUARANTINE = "clean", "quarantine"
+
+
+@dataclass(frozen=True)
+class InputShard:
+    """One input tar as it was when the scan began. head_tail_sha256: see `shards.head_tail_sha256`."""
+
+    url: str
+    bytes: int
+    head_tail_sha256: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """What makes this scan this scan. shards: by stem; detector: its folder; encoder: settings of EncoderSpec."""
+
+    detector: str
+    detector_fingerprint: str
+    encoder: dict[str, Any]
+    image_member: str
+    caption_member: str
+    effort: str
+    precision: str
+    shards: dict[str, InputShard]
+    versions: dict[str, str]
+
+    def shard(self, stem: str) -> Shard:
+        entry = self.shards[stem]
+        return Shard(entry.url, stem, entry.bytes)
+
+    def all_shards(self) -> list[Shard]:
+        """Sorted by stem."""
+        return [self.shard(stem) for stem in sorted(self.shards)]
+
+
+@dataclass(frozen=True)
+class ShardInput:
+    """What pass 1 read of a shard. damage: "" or what is wrong with its tail; loose_members: that belong to no sample."""
+
+    bytes: int
+    sha256: str
+    damage: str
+    loose_members: int
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """Pass 2 of one shard. decision: `decision_identity` of what was kept."""
+
+    kept: int
+    removed: int
+    decision: str
+
+
+@dataclass(frozen=True)
+class ShardMarker:
+    """One shard is committed. files: by name below the scan folder; clean: None until pass 2 has split it."""
+
+    shard: str
+    input: ShardInput
+    samples: int
+    unscored: int
+    files: dict[str, WrittenFile]
+    clean: Split | None = None
+
+    def unsplit(self) -> "ShardMarker":
+        """As pass 1 left it."""
+        scores = {name: entry for name, entry in self.files.items() if name.startswith("scores/")}
+        return dataclasses.replace(self, clean=None, files=scores)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Pass 2 of the whole scan. scores: which scores decided; decisions_sha256: of decisions.parquet."""
+
+    policy: ThresholdPolicy
+    scores: str
+    threshold: float
+    samples: int
+    kept: int
+    removed: int
+    unscored: int
+    shards: int
+    shards_failed: tuple[str, ...] = ()
+    shards_damaged: dict[str, str] = field(default_factory=dict)
+    loose_members: int = 0
+    decisions_sha256: str = ""
+
+
+def decision_identity(keep: NDArray[np.bool_]) -> str:
+    """Of the decisions (N,) of one shard: equal identities give equal clean and quarantine tars."""
+    return hashlib.sha256(b"%d|" % len(keep) + np.packbits(keep).tobytes()).hexdigest()[:32]
+
+
+class ScanFolder:
+    """Paths and typed content of one scan. Picklable: holds a path."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def at(self, *names: str) -> str:
+        return storage.join(self.path, *names)
+
+    # ---------------------------------------------------------------- run
+
+    def claim(self, run: Run) -> None:
+        """Write run.json, or check that it describes this very run. Raises RefusedError: a folder never mixes two."""
+        run_record.claim_folder(self.path, "run.json", to_mapping(run), "a scan")
+
+    def run(self) -> Run:
+        """Raises ConfigError when there is no scan."""
+        if not storage.exists(self.at("run.json")):
+            raise ConfigError(
+                f"{self.path}: no scan there (run.json is missing). Run `sanitize scan` first, or give the folder it wrote."
+            )
+        return self._read(Run, "run.json")
+
+    # ---------------------------------------------------------------- shards
+
+    def scores_name(self, stem: str) -> str:
+        return f"scores/{stem}.parquet"
+
+    def scores(self, stem: str) -> str:
+        return self.at(self.scores_name(stem))
+
+    def tar_name(self, part: str, stem: str) -> str:
+        """part: CLEAN or QUARANTINE"""
+        return f"{part}/{stem}.tar"
+
+    def is_scored(self, stem: str) -> bool:
+        return storage.exists(self.at("done", f"{stem}.json"))
+
+    def marker(self, stem: str) -> ShardMarker | None:
+        """None while the shard is not scored."""
+        return self._read(ShardMarker, f"done/{stem}.json") if self.is_scored(stem) else None
+
+    def write_marker(self, marker: ShardMarker) -> None:
+        values = to_mapping(marker)
+        if marker.clean is None:
+            del values["clean"]
+        storage.write_json(self.at("done", f"{marker.shard}.json"), values)
+
+    def markers(self, stems: Sequence[str]) -> list[ShardMarker]:
+        """Of those that are scored."""
+        return [marker for stem in stems if (marker := self.marker(stem))]
+
+    def present_files(self) -> set[str]:
+        """Names of all score files and tars."""
+        folders = (("scores", ".parquet"), (CLEAN, ".tar"), (QUARANTINE, ".tar"))
+        return {
+            f"{folder}/{name}" for folder, suffix in folders for name in storage.list_files(self.at(folder), suffix)
+        }
+
+    # ---------------------------------------------------------------- pass 2
+
+    def summary(self) -> Summary | None:
+        """None while pass 2 is not through."""
+        return self._read(Summary, "summary.json") if storage.exists(self.at("summary.json")) else None
+
+    def write_summary(self, summary: Summary) -> None:
+        values = to_mapping(summary)
+        if not np.isfinite(summary.threshold):
+            values["threshold"] = str(summary.threshold)  # JSON has no infinity
+        storage.write_json(self.at("summary.json"), values)
+
+    def delete_summary(self) -> None:
+        storage.delete(self.at("summary.json"))
+
+    @property
+    def decisions_path(self) -> str:
+        return self.at("decisions.parquet")
+
+    def decisions(self, expected_sha256: str = "") -> DecisionTable:
+        return DecisionTable(self.decisions_path, expected_sha256)
+
+    def _read(self, cls: type[T], name: str) -> T:
+        """Keys that an earlier version wrote and this one does not know are passed over."""
+        path = self.at(name)
+        values, known = storage.read_json(path), {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        if isinstance(values.get("threshold"), str):
+            values["threshold"] = float(values["threshold"])
+        try:
+            return from_mapping(cls, {key: value for key, value in values.items() if key in known}, path)
+        except ConfigError as error:
+            raise StorageError(f"{error} Restore the file, or scan into another folder.") from None

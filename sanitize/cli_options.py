@@ -1,0 +1,112 @@
+"""Options that several commands share, and how YAML, `--set` and options become one command's settings."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import yaml
+
+from sanitize.config import check
+from sanitize.config_loading import from_mapping, load_encoder_spec, load_yaml, overlay
+from sanitize.errors import ConfigError
+
+CONFIG_FILE = "sanitize.yaml"
+T = TypeVar("T")
+
+
+def common_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    options = [
+        click.option(
+            "--config", default="", help=f"YAML with a section per command [default: {CONFIG_FILE} if it is here]"
+        ),
+        click.option(
+            "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting, for example training.epochs=5"
+        ),
+        click.option(
+            "--workers", type=int, help="Ray workers; 0 = this process without Ray [default: what the machine has]"
+        ),
+        click.option("--gpus-per-worker", type=float, help="[default: 1 if there are GPUs]"),
+        click.option(
+            "--cpus-per-worker", type=int, help="Threads for decoding and torch [default: what the machine has]"
+        ),
+        click.option("--batch-size", type=int, help="Images per forward pass [default: 256]"),
+        click.option("--address", help="Ray cluster to join, for example auto [default: a local one]"),
+        click.option("--image-member", help="Extension of the member to score when a sample has several images"),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def settings_of(section: str, config: str, settings: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
+    """Settings of one command: YAML section, then --set, then options."""
+    path = config or (CONFIG_FILE if Path(CONFIG_FILE).exists() else "")
+    file = load_yaml(path) if path else {}
+    if unknown := sorted(set(file) - {"fit", "scan", "finetune"}):
+        raise ConfigError(
+            f"{path}: unknown section {', '.join(map(repr, unknown))}. Known sections: fit, scan, finetune."
+        )
+    values: dict[str, Any] = dict(file.get(section) or {})
+    values = overlay(values, parse_settings(settings))
+    values = overlay(values, {key: value for key, value in options.items() if value is not None})
+    for name in ("shards", "validation", "triggered"):
+        if isinstance(values.get(name), str):
+            values[name] = [values[name]]
+    if isinstance(values.get("encoder"), str):
+        values["encoder"] = load_encoder_spec(values["encoder"])
+    return values
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """key.inner=value pairs of --set → nested values, read as YAML."""
+    values: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        check(bool(equals), f"--set {setting}: write it as key=value, for example --set training.epochs=5.")
+        nested: Any = yaml.safe_load(text)
+        for key in reversed(name.split(".")):
+            nested = {key: nested}
+        values = overlay(values, nested)
+    return values
+
+
+def build_config(cls: type[T], values: dict[str, Any], section: str) -> T:
+    if not values.get("shards"):
+        raise ConfigError(
+            f"no shards given. Name a folder: sanitize {section} shards/  (or set {section}.shards in {CONFIG_FILE})."
+        )
+    return from_mapping(cls, values, f"settings of {section}")
+
+
+def policy_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    options = [
+        click.option("--policy", help="calibrated, fdr, fraction, absolute or robust [default: calibrated]"),
+        click.option("--fpr", type=float, help="calibrated, fdr: tolerated rate [default: 0.01]"),
+        click.option("--fraction", type=float, help="fraction: share of samples to remove"),
+        click.option("--threshold", type=float, help="absolute: remove scores above it"),
+        click.option("--mad", type=float, help="robust: median + this many scaled MADs [default: 6]"),
+        click.option(
+            "--adapt/--no-adapt", default=None, help="calibrated, fdr: judge by the bulk of this scan [default: adapt]"
+        ),
+        click.option(
+            "--keep-unscored", is_flag=True, default=None, help="Keep samples without a score (undecodable, no image)"
+        ),
+        click.option("--force", is_flag=True, default=None, help="Go on although more than half would be removed"),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def take_policy(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the policy's options out; a number without --policy picks the policy it belongs to."""
+    names = ("policy", "fpr", "fraction", "threshold", "mad", "adapt", "keep_unscored")
+    values = {name: options.pop(name) for name in names if options.get(name) is not None}
+    for name in names:
+        options.pop(name, None)
+    implied = {"fraction": "fraction", "threshold": "absolute", "mad": "robust"}
+    given = [policy for name, policy in implied.items() if name in values]
+    if "policy" not in values and given:
+        values["policy"] = given[0]
+    return values

@@ -1,0 +1,271 @@
+"""`sanitize clean`: pass 2, scores → decisions → clean and quarantine shards. Reads scores only; never scores again.
+
+Decided once: decisions.parquet says what is kept, and whoever acts on a decision reads it there. Kept samples are copied byte
+for byte, headers included. Everything else of a shard (removed samples, members without a key) goes to the quarantine tar, so
+clean + quarantine = input.
+"""
+
+import contextlib
+import hashlib
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import IO
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from sanitize import runtime, storage
+from sanitize.artifacts import decisions
+from sanitize.artifacts.detector_folder import Detector, load_detector
+from sanitize.artifacts.scan_folder import (
+    CLEAN,
+    QUARANTINE,
+    Run,
+    ScanFolder,
+    ShardMarker,
+    Split,
+    Summary,
+    WrittenFile,
+    decision_identity,
+)
+from sanitize.config import ThresholdPolicy
+from sanitize.errors import RefusedError, ShardError
+from sanitize.progress import ProgressDisplay
+from sanitize.records import Shard
+from sanitize.runtime import ProgressCallback, Resources, ShardFunction
+from sanitize.stages import score_table, thresholds
+from sanitize.stages.adaptation import ScoreAdapter, score_adapter
+from sanitize.stages.shard_reader import ShardReader
+from sanitize.stages.shards import end_archive, open_shard, read_block, sample_ranges
+
+log = logging.getLogger(__name__)
+RARE = 0.01  # share of poison that every policy should be able to act on
+
+
+@dataclass(frozen=True)
+class CleanResult:
+    """Counts of samples; `failed` names shards that could not be copied."""
+
+    threshold: float
+    kept: int
+    removed: int
+    unscored: int
+    failed: tuple[str, ...]
+
+
+def clean(
+    out: str, policy: ThresholdPolicy, *, force: bool = False, resources: Resources | None = None, address: str = ""
+) -> CleanResult:
+    """Decide on the whole scan, write decisions.parquet and summary.json, split every shard (in this process by default)."""
+    folder = ScanFolder(out)
+    run = folder.run()
+    storage.remove_partials(out)
+    scored = [shard for shard in run.all_shards() if folder.is_scored(shard.stem)]
+    detector = _detector(out, run, policy)
+    calibration = detector.calibration(run.effort) if detector else np.empty(0, np.float32)
+    reference = detector.adaptable_reference(run.effort) if detector and policy.adapt else None
+    adapter = score_adapter([folder.scores(shard.stem) for shard in scored], reference, calibration, policy)
+    scores = np.concatenate([np.empty(0, np.float32), *(adapter.scores(folder.scores(s.stem)) for s in scored)])
+    threshold = thresholds.threshold_for(scores, calibration, policy)
+    _warn_of_small_calibration(policy, threshold, len(calibration))
+    kept = thresholds.keep(scores, threshold, policy.keep_unscored)
+    _refuse_to_remove_most(scores, kept, force)
+    folder.delete_summary()
+    tables = (_decide(folder, shard, policy, adapter, threshold) for shard in scored)
+    committed = decisions.write_decisions(folder.decisions_path, tables)
+    task = SplitTask(storage.absolute(out))
+    resources = resources or runtime.plan(0, 0, -1, len(scored))
+    failed = []
+    with ProgressDisplay("clean", len(scored), sum(s.size for s in scored)) as display:
+        for outcome in runtime.map_shards(task, scored, resources, display, address):
+            failed += [outcome.error] if outcome.error else []
+    unscored = int(np.isnan(scores).sum())
+    result = CleanResult(threshold, int(kept.sum()), int((~kept).sum()), unscored, tuple(sorted(failed)))
+    folder.write_summary(_summary(folder, run, policy, adapter, result, committed))
+    return result
+
+
+# ---------------------------------------------------------------- deciding
+
+
+def _detector(out: str, run: Run, policy: ThresholdPolicy) -> Detector | None:
+    """Only the policies that compare with its null scores need the detector folder."""
+    if policy.policy not in ("calibrated", "fdr"):
+        return None
+    detector = load_detector(run.detector)
+    if detector.fingerprint != run.detector_fingerprint:
+        raise RefusedError(
+            f"{run.detector}: is not the detector that {out} was scanned with. Restore it, or scan again."
+        )
+    return detector
+
+
+def _warn_of_small_calibration(policy: ThresholdPolicy, threshold: float, calibration: int) -> None:
+    share = thresholds.smallest_share(calibration, policy.fpr) if policy.policy == "fdr" else 0
+    if share > RARE and math.isinf(threshold):
+        log.warning(
+            "fdr %g removes nothing: with %d calibration scores it acts only where %.1f %% of a scan stand out. To act on %g %%, fit "
+            "with auxiliary images that leave %d to calibrate on, or use --policy calibrated",
+            policy.fpr,
+            calibration,
+            100 * share,
+            100 * RARE,
+            math.ceil(1 / (policy.fpr * RARE) - 1 - 1e-9),
+        )
+
+
+def _refuse_to_remove_most(scores: NDArray[np.float32], kept: NDArray[np.bool_], force: bool) -> None:
+    removed = int((~kept).sum())
+    if removed * 2 > len(kept) and not force:
+        raise RefusedError(
+            f"{removed} of {len(kept)} samples would be removed ({int(np.isnan(scores).sum())} of them have no score), which is "
+            "more than half. Is the auxiliary set like these shards, and is the encoder the right one? Look at "
+            "`sanitize audit`; try --policy robust; --force goes on anyway. No clean shard was written."
+        )
+
+
+def _decide(
+    folder: ScanFolder, shard: Shard, policy: ThresholdPolicy, adapter: ScoreAdapter, threshold: float
+) -> pa.Table:
+    """The rows of one shard in decisions.parquet."""
+    table = score_table.read(folder.scores(shard.stem), ["shard", "key", "index", "status", "reason"])
+    scores = adapter.scores(folder.scores(shard.stem))
+    kept = thresholds.keep(scores, threshold, policy.keep_unscored)
+    statuses, reasons = (table.column(name).to_pylist() for name in ("status", "reason"))
+    columns = {name: table.column(name) for name in ("shard", "key", "index")}
+    columns["keep"] = pa.array(kept)
+    columns["reason"] = pa.array(
+        [
+            f"{status}: {reason}" if status != "ok" else "" if keep else "score above threshold"
+            for status, reason, keep in zip(statuses, reasons, kept.tolist(), strict=True)
+        ],
+        pa.string(),
+    )
+    columns["score"] = pa.array(scores, mask=np.isnan(scores))
+    columns["threshold"] = pa.array(np.full(len(kept), threshold, np.float32))
+    return pa.table(columns, schema=decisions.SCHEMA)
+
+
+def _summary(
+    folder: ScanFolder, run: Run, policy: ThresholdPolicy, adapter: ScoreAdapter, result: CleanResult, committed: str
+) -> Summary:
+    markers = folder.markers(sorted(run.shards))
+    unscored_shards = sorted(set(run.shards) - {marker.shard for marker in markers})
+    return Summary(
+        policy=policy,
+        scores=adapter.identity,
+        threshold=result.threshold,
+        samples=result.kept + result.removed,
+        kept=result.kept,
+        removed=result.removed,
+        unscored=result.unscored,
+        shards=len(run.shards),
+        shards_failed=(*unscored_shards, *result.failed),
+        shards_damaged={marker.shard: marker.input.damage for marker in markers if marker.input.damage},
+        loose_members=sum(marker.input.loose_members for marker in markers),
+        decisions_sha256=committed,
+    )
+
+
+# ---------------------------------------------------------------- splitting
+
+
+@dataclass(frozen=True)
+class SplitTask:
+    """Copy one shard into a clean and a quarantine tar, by its rows of decisions.parquet."""
+
+    out: str
+
+    def start(self, threads: int) -> ShardFunction[ShardMarker]:  # noqa: ARG002 - copying needs no threads
+        folder = ScanFolder(self.out)
+        table = folder.decisions()
+        return lambda shard, progress: _split(folder, shard, table.of(shard.stem).keep, progress)
+
+
+def _split(folder: ScanFolder, shard: Shard, kept: NDArray[np.bool_], progress: ProgressCallback) -> ShardMarker:
+    marker = folder.marker(shard.stem)
+    assert marker is not None, "only scored shards are split"
+    decision = decision_identity(kept)
+    if marker.clean and marker.clean.decision == decision:
+        return marker
+    ranges = _ranges(shard, kept)
+    if marker.clean:  # of another decision: forget its files before they are touched
+        marker = marker.unsplit()
+        folder.write_marker(marker)
+    for part in (CLEAN, QUARANTINE):
+        storage.delete(folder.at(folder.tar_name(part, shard.stem)))
+    files = _copy_ranges(folder, shard, ranges, marker.input.sha256)
+    split = Split(kept=int(kept.sum()), removed=int((~kept).sum()), decision=decision)
+    marker = replace(marker, clean=split, files=marker.files | files)
+    folder.write_marker(marker)
+    progress(len(kept), split.removed, shard.size)
+    return marker
+
+
+def _ranges(shard: Shard, kept: NDArray[np.bool_]) -> list[tuple[int, int, bool]]:
+    """(start, end, kept) in tar order, covering the readable part of the shard without gaps; neighbours merged."""
+    ranges: list[tuple[int, int, bool]] = []
+
+    def add(start: int, end: int, keep: bool) -> None:
+        if ranges and ranges[-1][2] is keep and ranges[-1][1] == start:
+            start = ranges.pop()[0]
+        ranges.append((start, end, keep))
+
+    with open_shard(shard) as file:
+        reader = ShardReader(file, shard, with_images=False)
+        position = 0
+        for index, start, end in sample_ranges(reader.samples()):
+            if index >= len(kept):
+                raise ShardError(_changed(shard))
+            if start > position:
+                add(position, start, False)  # loose members
+            add(start, end, bool(kept[index]))
+            position = end
+        if reader.readable_end > position:
+            add(position, reader.readable_end, False)
+    return ranges
+
+
+def _copy_ranges(
+    folder: ScanFolder, shard: Shard, ranges: Sequence[tuple[int, int, bool]], expected_sha256: str
+) -> dict[str, WrittenFile]:
+    """Copy every range to its tar in one pass, at most 1 MiB in memory; an empty tar is not written.
+
+    The whole input is hashed on the way: a shard that changed since it was scored is refused, whatever its ranges hold.
+    """
+    names = {keep: folder.tar_name(CLEAN if keep else QUARANTINE, shard.stem) for _, _, keep in ranges}
+    digest = hashlib.sha256()
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open_shard(shard))
+        targets = {
+            keep: stack.enter_context(storage.atomic_write(folder.at(name))) for keep, name in sorted(names.items())
+        }
+        position = 0
+        for start, end, keep in ranges:
+            for data in _blocks(file, shard, start - position):
+                digest.update(data)
+            for data in _blocks(file, shard, end - start):
+                digest.update(data)
+                targets[keep].write(data)
+            position = end
+        for data in _blocks(file, shard, shard.size - position + 1):
+            digest.update(data)
+        if digest.hexdigest() != expected_sha256:
+            raise ShardError(_changed(shard))
+        for target in targets.values():
+            end_archive(target)
+    return {names[keep]: WrittenFile(target.size, target.sha256()) for keep, target in targets.items()}
+
+
+def _blocks(file: IO[bytes], shard: Shard, count: int) -> Iterator[bytes]:
+    """The next `count` bytes, or what is left of them."""
+    while count > 0 and (data := read_block(file, min(1 << 20, count), shard.url)):
+        count -= len(data)
+        yield data
+
+
+def _changed(shard: Shard) -> str:
+    return f"{shard.url}: changed after it was scored. Scan it again into another --out."

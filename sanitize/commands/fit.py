@@ -1,0 +1,243 @@
+"""`sanitize fit`: auxiliary shards + encoder → detector folder.
+
+embed (once per image, cached by shard) → split off calibration images → train the decoder → references → calibrate.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sanitize import plots, runtime, storage
+from sanitize.artifacts import run_record
+from sanitize.artifacts.detector_folder import DESCRIPTION, Detector, FitSummary, load_detector, save_detector
+from sanitize.config import FitConfig
+from sanitize.config_loading import to_mapping, with_absolute_paths
+from sanitize.errors import ConfigError, SanitizeError
+from sanitize.progress import ProgressDisplay
+from sanitize.records import Shard
+from sanitize.runtime import Resources
+from sanitize.stages.clean_reference import CleanReference, fit_clean_reference
+from sanitize.stages.decoder import Decoder
+from sanitize.stages.encoders import Encoder, load_encoder
+from sanitize.stages.scoring import Floats, References, Scorer
+from sanitize.stages.shards import list_shards
+from sanitize.training.calibration import StatisticsTask, measure_statistics, rows_of
+from sanitize.training.decoder import Auxiliary, TrainingState, train_decoder
+from sanitize.training.embedding_cache import EmbedTask, load_embeddings
+
+log = logging.getLogger(__name__)
+REFERENCE_IMAGES = (
+    2000  # training images behind the centre and covariance of clean statistics, and as many clean embeddings
+)
+RECONSTRUCTIONS = 64  # of other embeddings, behind `error_reference`
+MIN_IMAGES = 32
+# what says where and how a fit runs, not what it gives
+PLACEMENT = ("workers", "gpus_per_worker", "cpus_per_worker", "address", "out", "batch_size")
+
+
+def fit(config: FitConfig) -> Detector:
+    """Train and calibrate a detector; write it to `config.out`. Running again after a kill goes on where it stopped."""
+    shards = list_shards(config.shards)
+    encoder = load_encoder(config.encoder)
+    fingerprint = encoder.fingerprint()
+    settings = {name: value for name, value in to_mapping(config).items() if name not in PLACEMENT}
+    run_record.claim_folder(config.out, "fit.json", settings | {"encoder_fingerprint": fingerprint}, "a fit")
+    if storage.exists(storage.join(config.out, DESCRIPTION)):
+        log.info("%s holds this detector already", config.out)
+        return load_detector(config.out)
+    resources = runtime.plan(
+        config.workers, config.cpus_per_worker, config.gpus_per_worker, len(shards), config.address
+    )
+    with runtime.session_for(resources, config.address):
+        auxiliary, used = _embed(config, shards, resources)
+        held_out_mask = torch.from_numpy(_held_out(auxiliary.hashes, config.training.calibration_fraction, config.seed))
+        training, held_out = auxiliary.select(~held_out_mask), auxiliary.select(held_out_mask)
+        _require_enough(len(training.hashes), len(held_out.hashes))
+        state = train_decoder(config, training, resources)
+        scorer = _scorer(config, encoder, state.decoder, training)
+        scores, reconstructions = _reconstruction_scores(scorer, held_out)
+        calibrated, reference = Calibration(scores.numpy(), scores.numpy()), None
+        if config.scorer == "reaction":
+            reference, calibrated = _calibrate(config, used, training, held_out, resources)
+    _require_finite(calibrated.scores)
+    detector = _detector(config, fingerprint, state, scorer.references, reference, calibrated, len(training.hashes))
+    image = storage.join(config.out, "reconstructions.png")
+    plots.write_reconstructions(image, held_out.images, reconstructions, scores)
+    saved = save_detector(detector, config.out)
+    for folder in ("cache", "training"):
+        storage.remove_folder(storage.join(config.out, folder))
+    log.info("detector written to %s", config.out)
+    return saved
+
+
+# ---------------------------------------------------------------- embedding
+
+
+def _embed(config: FitConfig, shards: list[Shard], resources: Resources) -> tuple[Auxiliary, list[Shard]]:
+    """All usable auxiliary images up to the limit, and the shards they are in."""
+    cache = storage.absolute(storage.join(config.out, "cache", "embeddings"))
+    task = EmbedTask(
+        encoder=config.encoder,
+        image_size=config.decoder.image_size,
+        precision=config.training.precision,
+        batch_size=config.batch_size,
+        limit=config.limit,
+        image_member=config.image_member,
+        cache=cache,
+    )
+    failed: list[str] = []
+    with ProgressDisplay("embed", len(shards), sum(s.size for s in shards)) as display:
+        for outcome in runtime.map_shards(task, shards, resources, display, config.address):
+            failed += [outcome.error] if outcome.error else []
+    for error in failed:
+        log.warning("auxiliary shard left out: %s", error)
+    parts: dict[Shard, dict[str, Tensor]] = {}
+    for shard in shards:
+        path = storage.join(cache, f"{shard.stem}.safetensors")
+        if storage.exists(path) and not 0 < config.limit <= sum(len(part["hashes"]) for part in parts.values()):
+            parts[shard] = load_embeddings(path)
+    if not parts:
+        raise ConfigError(
+            f"no usable image in {', '.join(config.shards)}. {failed[0] if failed else 'Give shards with images.'}"
+        )
+    embeddings, images, hashes = (
+        torch.cat([part[name] for part in parts.values()])[: config.limit or None]
+        for name in ("embeddings", "images", "hashes")
+    )
+    return Auxiliary(embeddings, images, hashes), list(parts)
+
+
+def _held_out(hashes: Tensor, fraction: float, seed: int) -> np.ndarray:
+    """(N,) bool. Decided by the image's bytes, so that copies of one image never stand on both sides."""
+    words = hashes[:, :8].contiguous().numpy().view(np.uint64).reshape(-1)
+    mixed = (words ^ np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)) % np.uint64(1_000_003)
+    held_out: np.ndarray = mixed < fraction * 1_000_003
+    return held_out
+
+
+def _require_enough(training: int, held_out: int) -> None:
+    if training < MIN_IMAGES or held_out < 1:
+        raise ConfigError(
+            f"{training + held_out} auxiliary images leave {training} to train and {held_out} to calibrate on; at least "
+            f"{MIN_IMAGES} and 1 are needed, thousands are better. Give more shards."
+        )
+
+
+# ---------------------------------------------------------------- scores of the reconstruction
+
+
+def _scorer(config: FitConfig, encoder: Encoder, decoder: Decoder, training: Auxiliary) -> Scorer:
+    """The scan's scorer of reconstructions, with the decoder just trained."""
+    device = runtime.device()
+    decoder = decoder.to(device).eval().requires_grad_(False)
+    return Scorer(
+        encoder,
+        decoder,
+        _references(decoder, training, config.seed, device),
+        name=config.scorer,
+        mask_ratio=config.test_mask_ratio,
+        seed=config.seed,
+        precision=config.training.precision,
+        device=device,
+    )
+
+
+@torch.inference_mode()
+def _references(decoder: Decoder, training: Auxiliary, seed: int, device: torch.device) -> References:
+    drawn = torch.randperm(len(training.hashes), generator=_generator(seed))[:RECONSTRUCTIONS]
+    reconstructions = decoder(training.embeddings[drawn].to(device)).float().cpu()
+    return References(reconstructions.mean(dim=0), reconstructions.square().mean(dim=0))
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@torch.inference_mode()
+def _reconstruction_scores(scorer: Scorer, auxiliary: Auxiliary) -> tuple[Tensor, Tensor]:
+    """Scores (N,) of cached images and their reconstructions (N, 3, R, R) in [0, 1], by the scan's own functions."""
+    encoder, scores, shown = scorer.encoder, [], []
+    for begin in range(0, len(auxiliary.hashes), 256):
+        part = slice(begin, begin + 256)
+        targets = (auxiliary.images[part].to(scorer.device).float() - encoder.mean) / encoder.std
+        hashes = [bytes(row).hex() for row in auxiliary.hashes[part].numpy()]
+        reconstructions, hidden = scorer.reconstruct(auxiliary.embeddings[part].to(scorer.device), targets, hashes)
+        scores.append(scorer.score(targets, reconstructions, hidden).cpu())
+        shown.append((reconstructions * encoder.std + encoder.mean).clamp(0, 1).cpu().half())
+    return torch.cat(scores), torch.cat(shown)
+
+
+# ---------------------------------------------------------------- calibration
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Of held-out images, aligned, (n,) float32 each."""
+
+    scores: Floats
+    prescreen_scores: Floats
+
+
+def _calibrate(
+    config: FitConfig, shards: list[Shard], training: Auxiliary, held_out: Auxiliary, resources: Resources
+) -> tuple[CleanReference, Calibration]:
+    """From two halves of the training images: embeddings of one, statistics of the other; then scores of held-out images."""
+    order = torch.randperm(len(training.hashes), generator=_generator(config.seed))[: 2 * REFERENCE_IMAGES]
+    kept, sample = order.chunk(2)
+    clean_embeddings = functional.normalize(training.embeddings[kept].float(), dim=1)
+    task = StatisticsTask(
+        encoder=config.encoder,
+        precision=config.training.precision,
+        batch_size=config.batch_size,
+        image_member=config.image_member,
+        wanted=torch.cat([training.hashes[sample], held_out.hashes]),
+        clean_embeddings=clean_embeddings,
+        cache=storage.absolute(storage.join(config.out, "cache", "statistics")),
+    )
+    statistics = measure_statistics(task, shards, resources, config.address)
+    reference = fit_clean_reference(rows_of(statistics, training.hashes[sample]), clean_embeddings, config.seed)
+    observed = torch.from_numpy(rows_of(statistics, held_out.hashes))
+    return reference, Calibration(reference.distance(observed).numpy(), reference.prescreen_score(observed).numpy())
+
+
+def _require_finite(scores: Floats) -> None:
+    if not np.isfinite(scores).all():
+        raise SanitizeError(
+            "training diverged: calibration scores are not finite. Lower training.learning_rate and fit again."
+        )
+
+
+def _detector(
+    config: FitConfig,
+    fingerprint: str,
+    state: TrainingState,
+    references: References,
+    reference: CleanReference | None,
+    calibrated: Calibration,
+    training_images: int,
+) -> Detector:
+    quantiles = {f"{q:g}": float(np.quantile(calibrated.scores, q)) for q in (0.01, 0.5, 0.9, 0.99)}
+    summary = FitSummary(
+        training_images=training_images,
+        calibration_images=len(calibrated.scores),
+        epochs=config.training.epochs,
+        loss_by_epoch=tuple(round(loss, 6) for loss in state.losses),
+        calibration_score_quantiles=quantiles,
+    )
+    return Detector(
+        encoder=with_absolute_paths(config.encoder),
+        encoder_fingerprint=fingerprint,
+        decoder=state.decoder.cpu(),
+        references=references.to(torch.device("cpu")),
+        clean_reference=reference,
+        scores=calibrated.scores,
+        prescreen_scores=calibrated.prescreen_scores,
+        scorer=config.scorer,
+        mask_ratio=config.test_mask_ratio,
+        seed=config.seed,
+        summary=summary,
+    )

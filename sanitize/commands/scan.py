@@ -1,0 +1,201 @@
+"""`sanitize scan`: pass 1 scores every sample (shard → Parquet), then pass 2 (`clean`) splits the shards.
+
+Files of one shard are committed by `done/<stem>.json`, written last; a rerun does only what has no marker.
+"""
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from sanitize import runtime, storage
+from sanitize.artifacts.detector_folder import (
+    Detector,
+    load_detector,
+    load_matching_encoder,
+    make_scorer,
+)
+from sanitize.artifacts.run_record import library_versions
+from sanitize.artifacts.scan_folder import InputShard, Run, ScanFolder, ShardInput, ShardMarker, WrittenFile
+from sanitize.commands.clean import CleanResult, clean
+from sanitize.config import EncoderSpec, ScanConfig, check
+from sanitize.config_loading import to_mapping
+from sanitize.errors import ShardError
+from sanitize.progress import ProgressDisplay
+from sanitize.records import Shard
+from sanitize.runtime import ProgressCallback, ShardFunction
+from sanitize.stages.captions import split_member
+from sanitize.stages.prefetch import image_batches
+from sanitize.stages.score_table import Floats, ScoreWriter, rows
+from sanitize.stages.scoring import Scorer
+from sanitize.stages.shard_reader import ShardReader
+from sanitize.stages.shards import head_tail_sha256, list_shards, open_shard
+from sanitize.stages.text import load_text_encoder
+from sanitize.stages.thresholds import threshold_for
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ScanResult:
+    """`failed`: one message for each shard that could not be read. `damaged`: for each whose tail could not."""
+
+    out: str
+    samples: int
+    unscored: int
+    failed: tuple[str, ...]
+    damaged: tuple[str, ...]
+    cleaned: CleanResult | None
+
+
+def scan(config: ScanConfig) -> ScanResult:
+    """Score all shards, then split them by the policy unless `scores_only`."""
+    shards = list_shards(config.shards)
+    detector = load_detector(config.detector)
+    encoder = load_matching_encoder(detector, config.encoder)  # fail here, not in a worker
+    caption_member = _caption_member(config, encoder.spec)
+    if not config.scores_only and config.policy.policy == "calibrated":
+        # are there enough calibration scores for this rate? find out before any work
+        calibration = detector.calibration(config.effort)
+        threshold_for(calibration, calibration, config.policy)
+    resources = runtime.plan(
+        config.workers, config.cpus_per_worker, config.gpus_per_worker, len(shards), config.address
+    )
+    folder = ScanFolder(config.out)
+    folder.claim(_run(config, caption_member, detector, shards))
+    task = ScoreTask(
+        detector=storage.absolute(config.detector),
+        encoder=config.encoder,
+        out=storage.absolute(config.out),
+        batch_size=config.batch_size,
+        precision=config.precision,
+        image_member=config.image_member,
+        caption_member=caption_member,
+        effort=config.effort,
+        flag_p=config.policy.fpr,
+    )
+    todo = [shard for shard in shards if not folder.is_scored(shard.stem)]
+    if len(todo) < len(shards):
+        log.info("%d of %d shards were scored before", len(shards) - len(todo), len(shards))
+    failed, cleaned = [], None
+    with runtime.session_for(resources, config.address):
+        with ProgressDisplay("scan", len(todo), sum(s.size for s in todo)) as display:
+            for outcome in runtime.map_shards(task, todo, resources, display, config.address):
+                failed += [outcome.error] if outcome.error else []
+        markers = folder.markers([shard.stem for shard in shards])
+        if markers and not config.scores_only:
+            cleaned = clean(config.out, config.policy, force=config.force, resources=resources, address=config.address)
+    return ScanResult(
+        out=config.out,
+        samples=sum(marker.samples for marker in markers),
+        unscored=sum(marker.unscored for marker in markers),
+        failed=tuple(sorted(failed)),
+        damaged=tuple(f"{marker.shard}.tar: {marker.input.damage}" for marker in markers if marker.input.damage),
+        cleaned=cleaned,
+    )
+
+
+def _caption_member(config: ScanConfig, spec: EncoderSpec) -> str:
+    """Where captions are, "" when they are not read. Loads the text tower once, so that a wrong file fails here."""
+    split_member(config.caption_member)
+    check(
+        bool(spec.tokenizer) or not config.caption_member,
+        f"caption_member: {config.caption_member}, but the encoder names no text tower to compare captions with. Add "
+        "`tokenizer: <tokenizer.json>` to its YAML (architecture clip).",
+    )
+    if not spec.tokenizer:
+        return ""
+    load_text_encoder(spec)
+    return config.caption_member or "txt"
+
+
+def _run(config: ScanConfig, caption_member: str, detector: Detector, shards: list[Shard]) -> Run:
+    with ThreadPoolExecutor(16) as pool:
+        hashes = list(pool.map(head_tail_sha256, shards))
+    inputs = {s.stem: InputShard(s.url, s.size, h) for s, h in zip(shards, hashes, strict=True)}
+    return Run(
+        detector=storage.absolute(config.detector),
+        detector_fingerprint=detector.fingerprint,
+        encoder=to_mapping(config.encoder or detector.encoder),
+        image_member=config.image_member,
+        caption_member=caption_member,
+        effort=config.effort,
+        precision=config.precision,
+        shards=inputs,
+        versions=library_versions(),
+    )
+
+
+# ---------------------------------------------------------------- scoring one shard
+
+
+@dataclass(frozen=True)
+class ScoreTask:
+    """Score one shard and commit its Parquet file."""
+
+    detector: str
+    encoder: EncoderSpec | None
+    out: str
+    batch_size: int
+    precision: str
+    image_member: str
+    caption_member: str
+    effort: str
+    flag_p: float  # p-value up to which the progress display counts a sample as flagged
+
+    def start(self, threads: int) -> ShardFunction[ShardMarker]:
+        detector = load_detector(self.detector)
+        encoder = load_matching_encoder(detector, self.encoder)
+        text = load_text_encoder(encoder.spec) if self.caption_member else None
+        scorer = make_scorer(detector, encoder, self.precision, runtime.device(), effort=self.effort, text=text)
+        calibration = detector.calibration(self.effort)
+        metadata = {"detector": detector.fingerprint, "effort": self.effort}
+        return lambda shard, progress: self._score_shard(shard, progress, scorer, calibration, metadata, threads)
+
+    def _score_shard(
+        self,
+        shard: Shard,
+        progress: ProgressCallback,
+        scorer: Scorer,
+        calibration: Floats,
+        metadata: dict[str, str],
+        threads: int,
+    ) -> ShardMarker:
+        folder = ScanFolder(self.out)
+        if marker := folder.marker(shard.stem):
+            return marker
+        samples = flagged = unscored = 0
+        with (
+            open_shard(shard) as file,
+            storage.atomic_write(folder.scores(shard.stem)) as target,
+            ScoreWriter(target, {"shard": shard.stem} | metadata) as writer,
+        ):
+            reader = ShardReader(file, shard, image_member=self.image_member, caption_member=self.caption_member)
+            for decoded in image_batches(reader.samples(), self.batch_size, threads):
+                columns = scorer([image for image in decoded if image.pixels is not None])
+                table = rows(shard.stem, decoded, columns, calibration)
+                writer.add(table)
+                samples += len(table)
+                unscored += table.column("score").null_count
+                flagged += int(np.sum(table.column("p_value").to_numpy() <= self.flag_p))
+                progress(samples, flagged, reader.bytes_read)
+            _require_images(reader, shard, samples)
+        written = WrittenFile(target.size, target.sha256())
+        marker = ShardMarker(
+            shard=shard.stem,
+            input=ShardInput(shard.size, reader.sha256, reader.damage, reader.loose),
+            samples=samples,
+            unscored=unscored,
+            files={folder.scores_name(shard.stem): written},
+        )
+        folder.write_marker(marker)
+        return marker
+
+
+def _require_images(reader: ShardReader, shard: Shard, samples: int) -> None:
+    if samples and not reader.images:
+        raise ShardError(
+            f"{shard.url}: none of its {samples} samples has an image (found: {', '.join(sorted(reader.extensions))}). "
+            "Give shards of images, or name the image's extension with image_member."
+        )

@@ -1,0 +1,118 @@
+"""Strict loading: YAML files and plain values into the dataclasses of `config`, and back."""
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import yaml
+
+from sanitize import storage
+from sanitize.config import EncoderSpec, check
+from sanitize.errors import ConfigError
+
+T = TypeVar("T")
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # 1e-3: a number, which YAML 1.1 reads as text
+
+
+def load_yaml(path: str) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(storage.read_bytes(path))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}). Correct that line.") from None
+    check(isinstance(value, dict), f"{path}: holds {type(value).__name__}, settings were expected (key: value).")
+    return typing.cast(dict[str, Any], value)
+
+
+def load_encoder_spec(path: str) -> EncoderSpec:
+    """Read an encoder YAML; relative weight files are looked for beside it."""
+    spec = from_mapping(EncoderSpec, load_yaml(path), path)
+    folder = path.rsplit("/", 1)[0] if "/" in path else "."
+
+    def beside(name: str) -> str:
+        if not name or name.startswith("/") or not storage.is_local(name):
+            return name
+        return storage.absolute(storage.join(folder, name)) if storage.is_local(path) else storage.join(folder, name)
+
+    architecture = spec.architecture
+    if architecture.startswith("exported:"):
+        architecture = "exported:" + beside(architecture.removeprefix("exported:"))
+    tokenizer = spec.tokenizer if spec.tokenizer == "open_clip" else beside(spec.tokenizer)
+    return dataclasses.replace(spec, architecture=architecture, weights=beside(spec.weights), tokenizer=tokenizer)
+
+
+def with_absolute_paths(spec: EncoderSpec) -> EncoderSpec:
+    """With absolute paths: a worker or a later command may start in another folder."""
+    tokenizer = spec.tokenizer if spec.tokenizer in ("", "open_clip") else storage.absolute(spec.tokenizer)
+    return dataclasses.replace(
+        spec, weights=storage.absolute(spec.weights) if spec.weights else "", tokenizer=tokenizer
+    )
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """A config dataclass from plain values. Unknown keys and wrong types are errors that name the key."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - set(fields)):
+        raise ConfigError(f"{where}: unknown key {', '.join(map(repr, unknown))}. Known keys: {', '.join(fields)}.")
+    hints = typing.get_type_hints(cls)
+    converted = {name: _convert(hints[name], value, f"{where}: {name}") for name, value in values.items()}
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    check(not missing, f"{where}: missing {', '.join(missing)}.")
+    try:
+        return cls(**converted)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(option for option in hint.__args__ if option is not type(None))
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if isinstance(value, hint):
+            return value
+        check(isinstance(value, dict), f"{where} holds {value!r}, a block of settings was expected.")
+        return from_mapping(hint, value, where)
+    if typing.get_origin(hint) is dict:
+        check(isinstance(value, dict), f"{where} holds {value!r}, a block of settings was expected.")
+        inner = typing.get_args(hint)[1]
+        return value if inner is Any else {key: _convert(inner, item, f"{where}.{key}") for key, item in value.items()}
+    if typing.get_origin(hint) is tuple:
+        check(isinstance(value, list | tuple), f"{where} holds {value!r}, a list was expected.")
+        return tuple(_convert(typing.get_args(hint)[0], item, where) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
+        return float(value)
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)  # effort: 0.05
+    right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    check(right, f"{where} holds {value!r}, {hint.__name__} was expected.")
+    return value
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """The plain values of a config at any depth, as JSON and YAML hold them."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return {name: plain(value) for name, value in dataclasses.asdict(config).items()}
+
+
+def overlay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, blocks merged key by key; neither is changed."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = overlay(merged[key], value) if both else value
+    return merged

@@ -1,0 +1,1 @@
+"""Parts of `fit` and `finetune`: data, order, objectives, the loop, and what it leaves."""

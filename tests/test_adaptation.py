@@ -1,0 +1,144 @@
+"""Pass 2 moves the clean signature to the bulk of the scan, when that bulk can be trusted."""
+
+import dataclasses
+import logging
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from builders import encoded, random_image, tree_bytes, write_shards, write_tar
+
+from sanitize.commands.audit import audit
+from sanitize.commands.clean import clean
+from sanitize.commands.scan import scan
+from sanitize.config import ThresholdPolicy
+from sanitize.errors import ConfigError
+from sanitize.stages import score_table
+from sanitize.stages.adaptation import MIN_SAMPLES, spread_statistics
+from sanitize.stages.clean_reference import adapted, fit_clean_reference
+
+SHIFT = np.array([1.5, -1, 0.5, 0, 2, 1], np.float32)
+POISON = np.array([-6, -5, -6, -4, 8, 5], np.float32)
+
+
+def gaussian(count, seed, centre=0.0, scale=1.0):
+    return (np.random.default_rng(seed).normal(size=(count, 6)) * scale + centre).astype(np.float32)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.2, 0.45])
+def test_the_signature_follows_the_bulk_of_the_scan_and_not_its_poison(share):
+    clean_images, poisoned = gaussian(2000, 1, SHIFT, 1.5), gaussian(round(2000 * share / (1 - share)), 2, POISON)
+    known = fit_clean_reference(gaussian(1500, 0), torch.zeros(1, 1), seed=0)
+    found = adapted(known, np.concatenate([clean_images, poisoned]))
+    assert found.centre.numpy() == pytest.approx(SHIFT, abs=0.25)
+    null = known.distance(torch.from_numpy(gaussian(20_000, 3))).quantile(0.99)
+    assert float((known.distance(torch.from_numpy(clean_images)) > null).float().mean()) > 0.2
+    assert float((found.distance(torch.from_numpy(clean_images)) > null).float().mean()) < 0.03
+    if share:
+        assert float((found.distance(torch.from_numpy(poisoned)) > null).float().mean()) > 0.95
+
+
+def test_without_a_shift_the_signature_stays():
+    known = fit_clean_reference(gaussian(4000, 0), torch.zeros(1, 1), seed=0)
+    found = adapted(known, gaussian(4000, 1))
+    assert found.centre.numpy() == pytest.approx(known.centre.numpy(), abs=0.1)
+    assert found.precision.numpy() == pytest.approx(known.precision.numpy(), abs=0.15)
+    assert torch.equal(adapted(known, gaussian(4000, 1)).precision, found.precision)
+
+
+# ---------------------------------------------------------------- a scan of other images than the auxiliary ones
+
+
+def write_noisy(folder, deviation):
+    """600 noisy images; the auxiliary ones are smooth."""
+    for number in range(2):
+        members = []
+        for i in range(300 * number, 300 * number + 300):
+            noise = np.random.default_rng(i).normal(0, deviation, (16, 16, 3))
+            members.append((f"s{i:06d}.png", encoded((random_image(i) + noise).clip(0, 255).astype(np.uint8))))
+        write_tar(folder / f"part-{number:04d}.tar", members)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shifted(tmp_path_factory):
+    return write_noisy(tmp_path_factory.mktemp("shifted"), 3)
+
+
+@pytest.fixture
+def scanned(shifted, scan_config):
+    def make(shards=shifted, out="scanned", **changes):
+        return scan(scan_config(shards, out, batch_size=64, **changes))
+
+    return make
+
+
+def decided(out):
+    return pq.read_table(out / "decisions.parquet").column("score").to_numpy()
+
+
+def as_scored(out):
+    return np.concatenate([score_table.numbers(pq.read_table(p), "score") for p in sorted((out / "scores").glob("*"))])
+
+
+def test_fewer_of_other_clean_images_are_lost_when_pass_2_adapts(scanned, tmp_path):
+    policy = ThresholdPolicy(fpr=0.02)
+    cleaned = scanned(policy=policy).cleaned
+    out = tmp_path / "scanned"
+    plain = clean(str(out), dataclasses.replace(policy, adapt=False), force=True)
+    assert plain.threshold == cleaned.threshold
+    assert (decided(out) == as_scored(out)).all()
+    assert cleaned.removed < plain.removed / 2
+    again = clean(str(out), policy, force=True)
+    assert again == cleaned
+    assert (decided(out) != as_scored(out)).any()
+
+
+def test_an_adapted_scan_is_the_same_after_a_kill_between_its_passes(scanned, tmp_path):
+    scanned(policy=ThresholdPolicy(fpr=0.02))
+    scanned(out="late", scores_only=True)
+    scanned(out="late", policy=ThresholdPolicy(fpr=0.02))
+    assert tree_bytes(tmp_path / "late") == tree_bytes(tmp_path / "scanned")
+
+
+def test_the_audit_judges_by_the_scores_that_decided(scanned, tmp_path):
+    cleaned = scanned(policy=ThresholdPolicy(fpr=0.02)).cleaned
+    out = tmp_path / "scanned"
+    text = audit(str(out), top=0).text
+    assert f"highest {decided(out).max():.4g}" in text
+    assert f"{cleaned.removed} removed" in text
+    (out / "decisions.parquet").write_bytes(b"")
+    pq.write_table(pq.read_table(out / "scores" / "part-0000.parquet"), out / "decisions.parquet")
+    with pytest.raises(
+        ConfigError, match="covers 300 samples, the score table 600. Run `sanitize clean .*scanned` first"
+    ):
+        audit(str(out), top=0)
+
+
+@pytest.mark.parametrize("changes", [{"effort": "fast"}, {"policy": ThresholdPolicy("fraction", fraction=0.1)}])
+def test_scores_stay_as_they_are_where_adapting_means_nothing(scanned, tmp_path, changes):
+    scanned(**({"policy": ThresholdPolicy(fpr=0.02)} | changes))
+    assert (decided(tmp_path / "scanned") == as_scored(tmp_path / "scanned")).all()
+
+
+def test_a_small_scan_is_not_adapted_to(scanned, tmp_path, caplog):
+    small = write_shards(tmp_path / "small", [MIN_SAMPLES - 1])
+    with caplog.at_level(logging.INFO, "sanitize"):
+        scanned(small, policy=ThresholdPolicy(fpr=0.02))
+    assert f"not adapted to the scan: {MIN_SAMPLES - 1} scored samples, {MIN_SAMPLES} are needed" in caplog.text
+    assert (decided(tmp_path / "scanned") == as_scored(tmp_path / "scanned")).all()
+
+
+def test_a_scan_of_which_much_stands_out_is_not_adapted_to(scanned, tmp_path, caplog):
+    scanned(write_noisy(tmp_path / "strange", 12), policy=ThresholdPolicy(fpr=0.02))
+    assert "of it stands out, so its bulk may not be clean" in caplog.text
+    assert (decided(tmp_path / "scanned") == as_scored(tmp_path / "scanned")).all()
+
+
+@pytest.mark.parametrize("every", [1, 2, 7])
+def test_the_bulk_is_estimated_from_samples_spread_over_all_shards(scanned, shifted, tmp_path, every):
+    scanned(scores_only=True)
+    paths = [str(p) for p in sorted((tmp_path / "scanned" / "scores").glob("*"))]
+    everything = np.concatenate([score_table.statistics(path) for path in paths])
+    assert (spread_statistics(paths, every) == everything[::every]).all()
