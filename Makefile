@@ -25,8 +25,9 @@ check: $(INSTALLED)  ## format, lint, import contracts, strict types
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini tests
 
-zoo: $(INSTALLED)  ## every victim of the red team; needs runs/shards (python ../shared/data/make_shards.py runs/shards)
+zoo: $(INSTALLED)  ## every victim of the red team; needs runs/shards (python -m benchmarks.make_shards runs/shards)
 	$(BIN)/python -m pipelines.red_team configs/red_team_*.yaml --results docs/results/red_team.csv --page docs/red_team.md
 
 bench: $(INSTALLED)  ## throughput and memory beside their measured bounds

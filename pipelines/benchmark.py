@@ -111,7 +111,7 @@ def measure(
 ) -> list[Row]:
     """One row for each poison rate and the balanced pool.
 
-    clean_flagged, triggered_flagged: share above the calibrated cut-off of nominal 1 %; "" for detectors that have none.
+    clean_flagged, triggered_flagged: share above the calibrated threshold of nominal 1 %; "" for detectors that have none.
     """
     measured = {
         kind: PoolScores(config, victim, kind, aux, seed, detector, settings) for kind in ("backdoored", "clean")
@@ -224,7 +224,7 @@ def pool(clean: int, triggered: int, rate: float, seed: int) -> tuple[NDArray[np
 
 
 def by_class(config: BenchmarkConfig) -> list[Row]:
-    """The default's scores split by true class, the target's apart: shares above the cut-off of 1 % of all clean images."""
+    """The default's scores split by true class, the target's apart: shares above the threshold of 1 % of all clean images."""
     rows = []
     settings = config.detectors[config.default]
     for name, values in config.victims.items():

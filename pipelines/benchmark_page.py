@@ -58,7 +58,7 @@ def by_rate(rows: Sequence[Row], default: str) -> str:
 
 
 def false_positives(rows: Sequence[Row]) -> str:
-    """Clean and triggered images above the calibrated cut-off of nominal 1 %, in pools of 1 % poison."""
+    """Clean and triggered images above the calibrated threshold of nominal 1 %, in pools of 1 % poison."""
     lines = []
     for detector in dict.fromkeys(row["detector"] for row in rows if row["clean_flagged"] != ""):
         one_percent = [row for row in rows if row["poison_rate"] == 0.01]

@@ -54,12 +54,12 @@ def rows_of(config: str, seeds: tuple[int, ...], images: str, zoo: str, preset: 
 
 def with_peers(rows: list[Row]) -> list[Row]:
     """Adds z: robust z of log L1 against the clean encoders of the other seeds; "" with fewer than MIN_PEERS of them."""
-    judged = []
+    with_z = []
     for row in rows:
         peers = [r["l1"] for r in rows if r["encoder"] == "clean" and r["seed"] != row["seed"] and r["l1"] is not None]
         enough = row["l1"] is not None and len(peers) >= MIN_PEERS
-        judged.append(row | {"z": peer_z(row["l1"], peers) if enough else ""})
-    return judged
+        with_z.append(row | {"z": peer_z(row["l1"], peers) if enough else ""})
+    return with_z
 
 
 def auroc(rows: list[Row]) -> float:

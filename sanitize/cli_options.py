@@ -87,7 +87,7 @@ def policy_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--threshold", type=float, help="absolute: remove scores above it"),
         click.option("--mad", type=float, help="robust: median + this many scaled MADs [default: 6]"),
         click.option(
-            "--adapt/--no-adapt", default=None, help="calibrated, fdr: judge by the bulk of this scan [default: adapt]"
+            "--adapt/--no-adapt", default=None, help="calibrated, fdr: adapt to the bulk of this scan [default: adapt]"
         ),
         click.option(
             "--keep-unscored", is_flag=True, default=None, help="Keep samples without a score (undecodable, no image)"

@@ -151,7 +151,7 @@ class ThresholdPolicy:
     threshold: float = 0.0  # absolute: remove scores above it
     mad: float = 6.0  # robust: remove scores above median + mad * (scaled median absolute deviation)
     adapt: bool = (
-        True  # calibrated, fdr: judge by distance from the bulk of this scan; needs the scorer `reaction`, thorough
+        True  # calibrated, fdr: measure the distance from the bulk of this scan; needs the scorer `reaction`, thorough
     )
     keep_unscored: bool = False
 
@@ -219,7 +219,7 @@ class FinetuneConfig:
     learning_rate: 0 = that of the mode: linear 3e-3, mlp 1e-3, full 1e-4, contrastive 1e-5
     augment: random crops and mirror images (full and contrastive)
     patience: stop after so many epochs without a better validation, and keep the best epoch; 0 = train to the end
-    shuffle_buffer: samples that wait in memory to be mixed, of all lanes together; lanes: see stages/lanes.py
+    shuffle_buffer: samples that wait in memory to be mixed, of all lanes together; lanes: see training/data_order.py
     checkpoint_steps: also save within an epoch, every so many batches; 0 = after each epoch only
     """
 

@@ -60,16 +60,16 @@ def attack_success_with_target(predictions: NDArray[np.integer], target: int) ->
 
 @torch.no_grad()
 def knn_predictions(
-    bank: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int = 200, temperature: float = 0.1
+    known: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int = 200, temperature: float = 0.1
 ) -> Tensor:
     """(M,) kNN vote with weights exp(cos / temperature) (CTRL card section 5).
 
-    bank: (N, D) unit embeddings with labels (N,) int64; queries: (M, D) unit embeddings
+    known: (N, D) unit embeddings with labels (N,) int64; queries: (M, D) unit embeddings
     """
     k = min(k, len(labels))
     predictions = []
     for part in queries.split(1024):
-        cosine, neighbour = (part @ bank.T).topk(k, dim=1)
+        cosine, neighbour = (part @ known.T).topk(k, dim=1)
         votes = torch.zeros(len(part), classes).scatter_add_(1, labels[neighbour], (cosine / temperature).exp())
         predictions.append(votes.argmax(dim=1))
     return torch.cat(predictions)

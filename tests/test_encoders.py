@@ -5,12 +5,13 @@ import zipfile
 import pytest
 import safetensors.torch
 import torch
-from builders import SPEC, write_encoder
+from builders import SPEC, write_encoder, write_shards
 
-from sanitize.config import EncoderSpec
+from sanitize.commands.finetune import finetune
+from sanitize.config import EncoderSpec, FinetuneConfig
 from sanitize.config_loading import load_encoder_spec
 from sanitize.errors import CheckpointError, ConfigError
-from sanitize.stages.encoders import Encoder, build_backbone, load_encoder
+from sanitize.stages.encoders import Encoder, build_backbone, load_encoder, require_trainable
 
 IMAGES = torch.rand(3, 3, SPEC.image_size, SPEC.image_size, generator=torch.Generator().manual_seed(0))
 
@@ -76,6 +77,13 @@ def test_weights_of_another_architecture_are_named(encoder_spec):
         load_encoder(dataclasses.replace(encoder_spec, architecture="resnet34-cifar"))
     with pytest.raises(CheckpointError, match=r"of another shape \(first: bn1.bias \(8,\) instead of \(16,\)"):
         load_encoder(dataclasses.replace(encoder_spec, width=16))
+
+
+def test_an_encoder_whose_gradient_would_destroy_memory_is_not_trained(tmp_path):
+    spec = load_encoder_spec(str(write_encoder(tmp_path, width=4)))
+    with pytest.raises(ConfigError, match=r"width 4: cannot be trained safely\. Layer layer2\.0\.downsample\.0 is a 1x1"):
+        finetune(FinetuneConfig((str(write_shards(tmp_path / "in", [4])),), spec, str(tmp_path / "head"), mode="full"))
+    require_trainable(load_encoder(load_encoder_spec(str(write_encoder(tmp_path / "wide", width=8)))))
 
 
 def test_an_unknown_architecture_lists_the_known_ones(encoder_spec):

@@ -20,7 +20,7 @@ from sanitize.detectors import decree_score
 from sanitize.detectors.decree import inversion as decree
 from sanitize.detectors.decree.config import DecreeConfig, recommended
 from sanitize.detectors.decree.inversion import Inversion, InvertedTrigger, Penalty, Restart
-from sanitize.detectors.decree.verdict import judge, peer_z
+from sanitize.detectors.decree.verdict import verdict_on, peer_z
 from sanitize.detectors.reference_set import ReferenceSet
 from sanitize.errors import CheckpointError, ConfigError
 from sanitize.stages.encoders import embed_in_batches
@@ -290,13 +290,13 @@ def test_z_is_the_distance_below_the_median_in_scaled_mads():
     ],
 )
 def test_the_verdict_and_its_reason(l1, peers, verdict, rule, words):
-    result = judge(inversion_of(l1), peers, 0.99)
+    result = verdict_on(inversion_of(l1), peers, 0.99)
     assert (result.verdict, result.rule) == (verdict, rule)
     assert words in result.reason
 
 
 def test_an_encoder_that_maps_everything_to_one_point_is_not_judged():
-    result = judge(inversion_of(1, plain=0.995), (), 0.99)
+    result = verdict_on(inversion_of(1, plain=0.995), (), 0.99)
     assert (result.verdict, "DECREE cannot judge it" in result.reason) == ("undecided", True)
 
 

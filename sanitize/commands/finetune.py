@@ -21,7 +21,7 @@ from sanitize.errors import RefusedError
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 from sanitize.runtime import Resources
-from sanitize.stages.encoders import load_encoder
+from sanitize.stages.encoders import load_encoder, require_trainable
 from sanitize.stages.shards import head_tail_sha256, list_shards
 from sanitize.stages.text import load_text_encoder
 from sanitize.training.clip import Clip, class_embeddings, load_clip
@@ -77,7 +77,10 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     """Train on the shards, measure on the validation shards, write `config.out`. After a kill the same call goes on."""
     sets = {name: list_shards(getattr(config, name)) for name in ("shards", "validation", "triggered")}
     config = dataclasses.replace(config, encoder=with_absolute_paths(config.encoder))
-    fingerprint = load_encoder(config.encoder).fingerprint()
+    encoder = load_encoder(config.encoder)
+    fingerprint = encoder.fingerprint()
+    if config.mode == "full":
+        require_trainable(encoder)
     if config.mode == "contrastive":
         load_text_encoder(config.encoder)  # fail here, not in a worker
     run = _identity(config, fingerprint, sets)

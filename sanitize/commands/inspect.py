@@ -20,7 +20,7 @@ from sanitize.config_loading import to_mapping
 from sanitize.detectors.decree import inversion as decree
 from sanitize.detectors.decree.config import DecreeConfig
 from sanitize.detectors.decree.inversion import Inversion, InvertedTrigger
-from sanitize.detectors.decree.verdict import MIN_PEERS, Verdict, judge
+from sanitize.detectors.decree.verdict import MIN_PEERS, Verdict, verdict_on
 from sanitize.errors import ConfigError
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
@@ -64,7 +64,7 @@ def inspect(
     pool = _pool(shards, encoder, config.pool)
     inversion = _invert(encoder, pool.images, config, "inspect")
     sizes = tuple(_peer_size(shards, peer, config, number) for number, peer in enumerate(peers, start=1))
-    verdict = judge(inversion, sizes, config.threshold)
+    verdict = verdict_on(inversion, sizes, config.threshold)
     report = storage.join(out, "inspect.json")
     storage.write_json(
         report,

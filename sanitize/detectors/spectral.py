@@ -22,7 +22,7 @@ def spectral_score(embeddings: Tensor, mean: Tensor, direction: Tensor) -> Tenso
 def fit(reference_set: ReferenceSet, encoder: Encoder, seed: int, clusters: int = 10) -> Score:  # noqa: ARG001 every fit has this signature
     """clusters: pseudo-classes, k-means of the reference set's unit-norm embeddings; what is scored goes to the nearest of them.
 
-    Poison must be in the reference set for its direction to be learned; a clean bank gives the direction of most clean variance.
+    Poison must be in the reference set for its direction to be learned; a clean set gives the direction of most clean variance.
     """
     points = functional.normalize(reference_set.embeddings.double(), dim=1)
     centres = cluster(points, clusters, seed)

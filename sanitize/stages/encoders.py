@@ -91,6 +91,19 @@ def device_of(module: nn.Module) -> torch.device:
     return next(itertools.chain(module.parameters(), module.buffers()), torch.empty(0)).device
 
 
+def require_trainable(encoder: Encoder) -> None:
+    """Raises ConfigError for layers whose gradient destroys memory: oneDNN (up to that of torch 2.14) writes past its workspace in
+    the backward pass of a channels-last 1x1 convolution with stride and fewer than 8 channels (uxlfoundation/oneDNN issue 6035).
+    """
+    for name, layer in encoder.backbone.named_modules():
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and max(layer.stride) > 1 and layer.in_channels < 8:
+            raise ConfigError(
+                f"encoder {encoder.spec.architecture}, width {encoder.spec.width}: cannot be trained safely. Layer {name} is a 1x1 "
+                f"convolution with stride and {layer.in_channels} channels, whose gradient destroys memory on processors without "
+                "AVX-512 (oneDNN issue 6035). Use a width of at least 8; frozen (--mode linear or mlp) it is safe."
+            )
+
+
 def load_encoder(spec: EncoderSpec) -> Encoder:
     """Build the encoder, load its weights strictly, freeze it. Raises CheckpointError or ConfigError."""
     if spec.architecture.startswith("exported:"):

@@ -1,4 +1,4 @@
-"""Scores → cut-off. Pure NumPy. A sample is kept when its score is finite and not above the cut-off."""
+"""Scores → threshold. A sample is kept when its score is finite and not above the threshold."""
 
 import math
 

@@ -10,10 +10,10 @@ from sanitize.detectors.decree.inversion import Inversion
 from sanitize.stages.thresholds import MAD_TO_DEVIATION
 
 MIN_PEERS = 3
-P_L1_CUT = 0.1  # seen in reproductions of the paper's plots, not in its code
-Z_CUT = 2.5
+P_L1_THRESHOLD = 0.1  # seen in reproductions of the paper's plots, not in its code
+Z_THRESHOLD = 2.5
 WEAK = (
-    f"weak evidence: a fixed cut-off ({P_L1_CUT}) transfers only within one architecture and pre-training corpus. "
+    f"weak evidence: a fixed threshold ({P_L1_THRESHOLD}) transfers only within one architecture and pre-training corpus. "
     f"Give at least {MIN_PEERS} clean encoders of this architecture with --peer."
 )
 
@@ -38,8 +38,8 @@ def peer_z(l1: float, peers: Sequence[float]) -> float:
     return (median - l1) / max(scale, 1e-9 * median, 1e-9)
 
 
-def judge(inversion: Inversion, peers: Sequence[float | None], threshold: float) -> Verdict:
-    """The rule of the clean peers when at least three of them have a size, else the fixed cut-off on P-L1."""
+def verdict_on(inversion: Inversion, peers: Sequence[float | None], threshold: float) -> Verdict:
+    """The rule of the clean peers when at least three of them have a size, else the fixed threshold on P-L1."""
     best = inversion.best
     if inversion.plain_cosine > threshold:
         return Verdict(
@@ -60,13 +60,13 @@ def judge(inversion: Inversion, peers: Sequence[float | None], threshold: float)
     if len(sizes) >= MIN_PEERS:
         z = peer_z(best.l1, sizes)
         compared = (
-            f"z = {z:.2f} against {len(sizes)} clean peers (median L1 {np.median(sizes):.1f}), flagged above {Z_CUT}"
+            f"z = {z:.2f} against {len(sizes)} clean peers (median L1 {np.median(sizes):.1f}), flagged above {Z_THRESHOLD}"
         )
-        return Verdict("trojaned" if z > Z_CUT else "clean", "peers", z, compared)
-    flagged = best.p_l1 < P_L1_CUT
+        return Verdict("trojaned" if z > Z_THRESHOLD else "clean", "peers", z, compared)
+    flagged = best.p_l1 < P_L1_THRESHOLD
     return Verdict(
         "trojaned" if flagged else "clean",
         "fixed",
         None,
-        f"P-L1 {best.p_l1:.4f} is {'below' if flagged else 'not below'} {P_L1_CUT}; {WEAK}",
+        f"P-L1 {best.p_l1:.4f} is {'below' if flagged else 'not below'} {P_L1_THRESHOLD}; {WEAK}",
     )
