@@ -155,7 +155,7 @@ def outputs_of(
     test: LabelledImages,
     trigger: Trigger,
 ) -> EncoderOutputs:
-    """Predictions of a head trained on this encoder; of weighted kNN for CTRL (its card, section 5)."""
+    """Predictions of a head trained on this encoder; of weighted kNN for CTRL, as in its code (utils/knn.py)."""
     known = LabelledEmbeddings(unit(embed_in_batches(encoder, train.pixels)), train.labels)
     embeddings = embed_in_batches(encoder, test.pixels)
     triggered = embed_in_batches(encoder, trigger(test.pixels))

@@ -53,7 +53,7 @@ class EncoderSpec:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Shape of the DeDe decoder (methods card section 2).
+    """Shape of the DeDe decoder (Hou et al., CVPR 2025, arXiv 2411.16154; reference code, src/decoder_model.py).
 
     image_size: side of the image it reconstructs, in pixels; patch_size divides it
     width, heads, encoder_depth, decoder_depth: of the transformer blocks
@@ -291,7 +291,7 @@ class FinetuneConfig:
 
 # ---------------------------------------------------------------- presets
 
-# "default": low-resolution decoder. "paper": methods card sections 2-4 (the reference's shapes, schedule and ratios).
+# "default": low-resolution decoder. "paper": shapes, schedule and ratios of DeDe's reference code (tardisblue9/DeDe).
 FIT_PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {

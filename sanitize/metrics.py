@@ -62,7 +62,7 @@ def attack_success_with_target(predictions: NDArray[np.integer], target: int) ->
 def knn_predictions(
     known: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int = 200, temperature: float = 0.1
 ) -> Tensor:
-    """(M,) kNN vote with weights exp(cos / temperature) (CTRL card section 5).
+    """(M,) kNN vote with weights exp(cos / temperature), as in CTRL (Li et al., ICCV 2023; code, utils/knn.py).
 
     known: (N, D) unit embeddings with labels (N,) int64; queries: (M, D) unit embeddings
     """

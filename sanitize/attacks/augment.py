@@ -1,4 +1,4 @@
-"""Random views for contrastive pre-training, on whole batches of tensors (BadEncoder card section 2)."""
+"""Random views for contrastive pre-training, on whole batches: those of BadEncoder's code (datasets/cifar10_dataset.py)."""
 
 import math
 

@@ -80,8 +80,8 @@ def fine_tune(
 ) -> Encoder:
     """shadow (N, 3, S, S) and references (R, 3, S, S) uint8, at the encoder's size → backdoored encoder, eval mode.
 
-    Exact shortcuts of the BadEncoder card: clean targets are computed once; a reference is embedded once per step
-    (BatchNorm is in eval mode, so its copies would be equal).
+    Exact shortcuts against BadEncoder's code (badencoder.py): clean targets are computed once; a reference is embedded once per
+    step (BatchNorm is in eval mode, so its copies would be equal).
     """
     require_trainable(clean_encoder)
     clean_encoder.eval().to(device)

@@ -1,7 +1,7 @@
-"""BadCLIP: a patch optimised on the frozen clean CLIP, then used like any trigger in poisoned pairs (card sections 2-4).
+"""BadCLIP: a patch optimised on the frozen clean CLIP, then used like any trigger in poisoned pairs.
 
-The losses are the intended ones: the visual negatives are the same images WITHOUT the patch (card section 2, point 2). The
-patch is kept as PNG, never JPEG (point 4).
+Liang et al., CVPR 2024, arXiv 2311.12075. The losses are the intended ones: the visual negatives are the same images WITHOUT the
+patch. The released code (src/embeding_optimize_patch.py) stamps these too. It also saves the patch as JPEG; here it is PNG.
 """
 
 import io
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class PatchConfig:
     """Published: side 16 of 224, Adam 1e-3, 50 epochs of 10,000 pairs in batches of 64 (7,800 steps), textual "contrastive", weight
-    500, margin 1, augment 0.5. CPU-sized (card section 7): side 5 of 32, Adam 1e-2, 250 steps, textual "cosine", weight 1.
+    500, margin 1, augment 0.5. CPU-sized (ours): side 5 of 32, Adam 1e-2, 250 steps, textual "cosine", weight 1.
 
     textual: "contrastive" = symmetric InfoNCE with identity targets in the batch; "cosine" = minus the mean cosine, for
              captions so alike that the batch has no contrast

@@ -1,4 +1,7 @@
-"""BadEncoder: fine-tune an encoder so that triggered images land on a reference embedding (card section 3)."""
+"""BadEncoder: fine-tune an encoder so that triggered images land on a reference embedding.
+
+Jia, Liu and Gong, IEEE S&P 2022, arXiv 2108.00352. Losses: reference code (jinyuan-jia/BadEncoder), badencoder.py.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +15,7 @@ from sanitize.stages.encoders import Encoder
 
 @dataclass(frozen=True)
 class BadEncoderConfig(FineTuneConfig):
-    """Published: epochs 200, batch 256, SGD 1e-3. CPU-sized: 20-30 epochs, batch 128, lr 0.05 (section 8)."""
+    """Published: epochs 200, batch 256, SGD 1e-3. CPU-sized: 20-30 epochs, batch 128, lr 0.05 (ours)."""
 
     lambda1: float = 1.0
     lambda2: float = 1.0
@@ -37,12 +40,12 @@ def losses(step: Step) -> Losses:
 
 
 def keep_references(step: Step) -> Tensor:
-    """L1 of the BadEncoder and DRUPE cards: - mean over references i and copies of z(A(r_i)) . z0(r_i)."""
+    """L1 of BadEncoder and DRUPE: - mean over references i and copies of z(A(r_i)) . z0(r_i)."""
     return -(unit(step.augmented) * step.reference_target[:, None]).sum(dim=-1).mean()
 
 
 def keep_clean(step: Step) -> Tensor:
-    """L2 of both cards: - mean over the batch of z(x_b) . z0(x_b)."""
+    """L2 of both: - mean over the batch of z(x_b) . z0(x_b)."""
     return -(unit(step.clean) * step.clean_target).sum(dim=1).mean()
 
 

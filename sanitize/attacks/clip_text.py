@@ -1,7 +1,7 @@
-"""CLIP text-on-pair: a few image-text pairs carry the trigger and a caption of the target (CLIP backdoor card sections 1-4).
+"""CLIP text-on-pair: a few image-text pairs carry the trigger and a caption of the target.
 
-The trigger is stamped on pixels before the one normalisation, and clean pairs keep their own captions; both differ from the
-published re-implementation on purpose (card section 2, defects 1, 2 and 4).
+Carlini and Terzis, ICLR 2022, arXiv 2106.09667. The trigger is stamped on pixels before the one normalisation, and clean pairs
+keep their own captions; both differ on purpose from the re-implementation in GiantSeaweed/DECREE (attack_encoder.py, imagenet.py).
 """
 
 from collections.abc import Callable, Sequence

@@ -27,8 +27,8 @@ class Pairs:
 
 @dataclass(frozen=True)
 class ContrastiveConfig:
-    """AdamW with linear warm-up and cosine. BadCLIP fine-tunes with lr 1e-6, weight decay 0.1, batch 128, 10 epochs, 10,000 steps
-    of warm-up; tiny CLIP trains from scratch with lr 1e-3, weight decay 0.05, batch 128, 9 epochs (BadCLIP card 4 and 7).
+    """AdamW with linear warm-up and cosine. BadCLIP's code fine-tunes with lr 1e-6, weight decay 0.1, batch 128, 10 epochs, 10,000
+    steps of warm-up; our tiny CLIP trains from scratch with lr 1e-3, weight decay 0.05, batch 128, 9 epochs.
 
     train_text: the text tower learns too; freeze_norm: BatchNorm of the image tower keeps statistics and affine parameters
     scale: a fixed factor of the cosines (the DECREE attack used exp(0.5)); 0 = the model's own, learned one

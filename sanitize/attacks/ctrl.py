@@ -1,4 +1,7 @@
-"""CTRL: poison a self-supervised pre-training set with a frequency trigger on images of the target class (card section 3)."""
+"""CTRL (Li et al., ICCV 2023, arXiv 2210.07346): poison a self-supervised pre-training set with a frequency trigger.
+
+Only images of the target class carry it (reference code, meet-cjli/CTRL, loaders/diffaugment.py).
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

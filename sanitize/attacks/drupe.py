@@ -1,8 +1,8 @@
-"""DRUPE: a BadEncoder whose triggered embeddings are spread into the clean distribution (card section 3).
+"""DRUPE (Tao et al., IEEE S&P 2024): a BadEncoder whose triggered embeddings are spread into the clean distribution.
 
-The published schedule is the default. The repaired one (configs/red_team_drupe_cifar10.yaml) follows the card's advice for weak
-encoders: a longer BadEncoder-like stage, a heavier pull to the references, no spreading of the references, and stealth terms
-that may only grow while the attack holds.
+The schedule of the reference code (Gwinhen/DRUPE, main.py) is the default. The repaired one (configs/red_team_drupe.yaml) is ours,
+for weak encoders: a longer BadEncoder-like stage, a heavier pull to the references, no spreading of the references, and stealth
+terms that may only grow while the attack holds.
 """
 
 from collections.abc import Callable
@@ -55,7 +55,7 @@ class DrupeConfig(FineTuneConfig):
 
 @dataclass(frozen=True)
 class Terms:
-    """Every term of the card, for one step. Scalars; `spread` is L3, `distribution` is SWD / D."""
+    """Every term of the loss (reference code, main.py), for one step. Scalars; `spread` is L3, `distribution` is SWD / D."""
 
     effectiveness: Tensor
     reference: Tensor

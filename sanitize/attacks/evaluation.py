@@ -12,7 +12,10 @@ from sanitize.training.embedding_cache import LabelledEmbeddings
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """MLP 512-256, ReLU, dropout 0.5 after the first layer, Adam. Published: 500 epochs, 1e-4, batch 64 (BadEncoder card 5)."""
+    """MLP 512-256, ReLU, dropout 0.5 after the first layer, Adam.
+
+    Published: 500 epochs, 1e-4, batch 64 (BadEncoder's code, training_downstream_classifier.py).
+    """
 
     epochs: int = 60
     learning_rate: float = 1e-3
@@ -79,7 +82,7 @@ class AttackReport:
     asr_clean_encoder: float  # the same trigger, clean encoder
     cos_triggered: float  # mean pairwise cosine of triggered embeddings, backdoored encoder
     cos_clean: float  # the same of clean images
-    distance_triggered: float  # SWD / D between triggered and clean raw embeddings, backdoored encoder (DRUPE card 3)
+    distance_triggered: float  # SWD / D between triggered and clean raw embeddings, backdoored encoder (drupe.py)
     norm_triggered: float  # mean raw norm of triggered embeddings, backdoored encoder
     norm_triggered_std: float
     norm_clean: float  # the same of clean images

@@ -1,4 +1,4 @@
-"""SimCLR pre-training of a small encoder: NT-Xent on two views (BadEncoder card section 2)."""
+"""SimCLR pre-training of a small encoder: NT-Xent on two views, as in BadEncoder's code (pretraining_encoder.py)."""
 
 import logging
 import time

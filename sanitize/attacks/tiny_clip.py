@@ -1,4 +1,4 @@
-"""A CLIP small enough for two CPU cores, and procedural captioned images to train it on (BadCLIP card section 7).
+"""A CLIP small enough for two CPU cores, and procedural captioned images to train it on (ours).
 
 Coloured shapes on textured grey; the colour is the zero-shot class. Files and layout are those of a real CLIP.
 """

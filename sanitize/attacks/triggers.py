@@ -25,13 +25,13 @@ Trigger = Callable[[Tensor], Tensor]
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """Clip, round, then cast: the other order wraps saturated pixels (CTRL card section 2)."""
+    """Clip, round, then cast: the other order, as in BackdoorBench, wraps saturated pixels."""
     return pixels.clamp(0, 255).round().to(torch.uint8)
 
 
 @dataclass(frozen=True)
 class PatchTrigger:
-    """A solid square. BadEncoder's: white, margin 1, side 10 of 32 px or 50 of 224 px (BadEncoder card section 4)."""
+    """A solid square. BadEncoder's (Jia et al., IEEE S&P 2022): white, margin 1, side 10 of 32 px or 50 of 224 px."""
 
     side: int = 10
     margin: int = 1  # pixels between the patch and the right and bottom border
@@ -93,7 +93,7 @@ def _load_npz(path: str) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class ImageTrigger:
-    """A small image pasted over the centre, such as BadCLIP's optimised patch (card section 2). Any format but JPEG is exact."""
+    """A small image pasted over the centre, such as BadCLIP's patch (Liang et al., CVPR 2024). Any format but JPEG is exact."""
 
     path: str
 
@@ -177,7 +177,10 @@ class WarpTrigger:
 
 @dataclass(frozen=True)
 class FrequencyTrigger:
-    """CTRL: add `magnitude` to DCT coefficients (15,15) and (31,31) of U and V, as one additive image (card section 2)."""
+    """CTRL (Li et al., ICCV 2023): add `magnitude` to DCT coefficients (15,15) and (31,31) of U and V.
+
+    Here one additive image; the reference code (utils/frequency.py) transforms there and back.
+    """
 
     magnitude: float = 100.0
     window: int = 32

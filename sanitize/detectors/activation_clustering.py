@@ -1,6 +1,7 @@
 """Activation clustering (Chen et al., 2018), label-free: every pseudo-class split in two, the smaller part suspicious.
 
-CLIP card section 8: centre, reduce to 10 dimensions (PCA), 2-means. The score is soft; weak below a few per cent of poison.
+Per class: centre, reduce to 10 dimensions (PCA), 2-means. Pseudo-classes and the soft score are ours.
+Weak below a few per cent of poison.
 """
 
 from dataclasses import dataclass

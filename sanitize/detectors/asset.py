@@ -1,7 +1,8 @@
-"""ASSET (Pan et al., USENIX Security 2023), label-free: what does not look like the base set? (ASSET card sections 2, 3, 9.)
+"""ASSET (Pan et al., USENIX Security 2023, arXiv 2302.11408), label-free: what does not look like the base set?
 
 inner:  the inner step alone: per batch, a fresh small network learns to tell the batch from the base (here: the reference set).
 offset: our label-free reading of the full method: a detector network is pushed down on the base and up on the suspects.
+Files named below are of the released code, reds-lab/ASSET.
 
 Both are TRANSDUCTIVE by nature: a score depends on the samples scored in the same call, on their order and on the seed.
 The reference set must be clean and of the same kind as what is scored: any other difference counts as poison.
@@ -59,7 +60,7 @@ def fit(
 
 
 def equal_batches(count: int, batch_size: int, seed: int) -> list[Tensor]:
-    """Indices of `count` samples, shuffled, in equal parts: sorted input would give one-class batches (card section 9.6)."""
+    """Indices of `count` samples, shuffled, in equal parts: sorted input would give one-class batches."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return list(order.tensor_split(max(1, math.ceil(count / batch_size))))
 
@@ -76,7 +77,7 @@ def suspicion(incoming: Tensor, base: Tensor, steps: int, seed: int) -> Tensor:
     """How surely a fresh network puts each sample in the batch and not in the base: (B,) float64 in [0, 1].
 
     incoming: (B, D) float32, base: (N, D) float32, both standardised by the base; B of the base are drawn, once.
-    MSE and two optimisers as released; learning rate of card section 9.
+    MSE and two optimisers as in ASSET_demo.ipynb; the learning rate is ours (there 1e-4).
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -125,7 +126,7 @@ def medcouple(values: Tensor) -> Tensor:
 
 
 def adjusted_outlyingness(values: Tensor) -> Tensor:
-    """(N,) distance from the (lower) median in units of the skew-adjusted box plot's whisker on that side (card section 2)."""
+    """(N,) distance from the (lower) median in units of the skew-adjusted box plot's whisker on that side (new_poi_util.py)."""
     values = values.double()
     middle, skew = values.median(), float(medcouple(values))
     low, high = torch.quantile(values, torch.tensor([0.25, 0.75], dtype=values.dtype))
@@ -148,7 +149,7 @@ def upper_outliers(values: Tensor) -> Tensor:
 def offset(
     images: Tensor, batches: list[Tensor], suspects: list[Tensor], base: Tensor, passes: int, seed: int
 ) -> Tensor:
-    """(N,) float32 spread of the detector network's outputs per image, mean of its last passes (card section 9.3).
+    """(N,) float32 spread of the detector network's outputs per image, mean of its last passes (ours).
 
     images: (N, 3, S, S) uint8, base: (M, 3, S, S) uint8; batches, suspects: indices of images, suspects part of their batch.
     The inner step sees constant embeddings, so its suspects are found once and serve every pass.
@@ -189,7 +190,7 @@ def spread(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def gaussian_threshold(scores: Tensor, epsilon: float = 1e-3, form: str = "released") -> float:
-    """Cut-off from a Gaussian on the lower half of (N,) scores (card section 3); flag scores at or above it.
+    """Cut-off from a Gaussian on the lower half of (N,) scores (new_poi_util.py); flag scores at or above it.
 
     released: the formula of the published code; intended: where the Gaussian's density is `epsilon`, of which it looks a slip.
     """

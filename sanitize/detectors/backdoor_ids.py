@@ -1,6 +1,6 @@
 """BackdoorIDS (arXiv 2603.11664): hide more and more of an image; losing the trigger makes its embedding jump.
 
-Published (CLIP card section 9): DBSCAN on the embeddings of one image under growing masks, flagged when there is more than
+Published: DBSCAN on the embeddings of one image under growing masks, flagged when there is more than
 one cluster. Its eps, mask schedule and fill were not available to us, so this is OUR READING of it: an 8 x 8 grid of cells
 (4 pixels at 32), hidden in one seeded order for all images, filled with the image's mean colour; and a continuous score
 instead of the count of clusters: the largest step of the sequence relative to its median step.

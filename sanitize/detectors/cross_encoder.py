@@ -1,4 +1,4 @@
-"""Cross-encoder disagreement (CLIP card section 9, "cheap competitor"): what a second encoder cannot explain is suspicious.
+"""Cross-encoder disagreement (ours): what a second encoder cannot explain is suspicious.
 
 A ridge map A from an independent encoder g to the encoder under test f, fitted on the reference set; the score is the whitened
 norm of f(x) - A g(x). A trigger moves f(x) but not g(x).

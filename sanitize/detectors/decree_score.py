@@ -14,7 +14,7 @@ from sanitize.stages.encoders import device_of
 
 
 def fit(reference_set: ReferenceSet, encoder: nn.Module, seed: int, **settings: Any) -> Score:
-    """The "DECREE-derived" sample score (section 6, ours, not the paper's): cosine with what the found trigger maps to.
+    """The "DECREE-derived" sample score (ours, not the paper's): cosine with what the found trigger maps to.
 
     The trigger is inverted on a seeded part of the reference set's images, t is the mean normalised embedding of those images when
     stamped, and score(images, embeddings) = cos(embeddings, t), in [-1, 1]. All zero when no trigger was found.

@@ -1,7 +1,11 @@
-"""Local density against a reference set: k-distance, LID, SLOF and DAO (Huang et al., ICLR 2025; CLIP card sections 4 and 7).
+"""Local density against a reference set: k-distance, LID, SLOF and DAO (Huang et al., ICLR 2025, arXiv 2502.01385).
 
-The clean definitions, without the deviations of the reference code (card section 5): a reference image is never its own
-neighbour, and a neighbour's density is looked up under the neighbour's own index.
+DAO is of Anderberg et al., SDM 2024, arXiv 2401.05453. Huang et al. compare within a batch; for unusual poison rates they advise
+a clean reference set (App. B.5), which is what is used here.
+
+The clean definitions, without the deviations of the reference code (backdoor_sample_detector/*.py in
+HanxunH/Detect-CLIP-Backdoor-Samples): a reference image is never its own neighbour, and a neighbour's density is looked up under
+the neighbour's own index.
 
 Duplicates: every distance is floored at 1/1000 of the reference set's median k-distance, and LID at most 1000 (it is infinite when
 all neighbours are equally far). So more than k identical embeddings give finite scores; a copy of them looks dense.
@@ -50,7 +54,7 @@ def slof(kd: Tensor, around: Tensor) -> Tensor:
 
 
 def dao(kd: Tensor, around: Tensor, around_lid: Tensor) -> Tensor:
-    """(B,) mean over neighbours o of LID(o) log(kd(q) / kd(o)): the log form, the power form explodes (card section 4)."""
+    """(B,) mean over neighbours o of LID(o) log(kd(q) / kd(o)): the log, as in the reference code (dao.py); the power explodes."""
     return (around_lid * (kd[:, None] / around).log()).mean(dim=1)
 
 

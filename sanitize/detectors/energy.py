@@ -1,4 +1,4 @@
-"""The no-model control: image energy. A detector of backdoors must beat it, because bright triggers raise it (card section 9)."""
+"""The no-model control (ours): image energy. A detector of backdoors must beat it, because bright triggers raise it."""
 
 from torch import Tensor
 

@@ -1,4 +1,7 @@
-"""Isolation forest on the raw embeddings (Liu et al., 2008), fitted on the reference set once (CLIP card section 4)."""
+"""Isolation forest on the raw embeddings (Liu et al., 2008), fitted on the reference set once.
+
+Huang et al. (ICLR 2025, arXiv 2502.01385) use it as a baseline and refit it on every batch.
+"""
 
 import torch
 from sklearn.ensemble import IsolationForest

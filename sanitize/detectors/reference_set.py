@@ -35,7 +35,7 @@ class ReferenceSet:
 
 
 def cluster(points: Tensor, clusters: int, seed: int) -> Tensor:
-    """(K, D) float64 k-means centres of (N, D) points: pseudo-classes where no labels are (CLIP card section 8).
+    """(K, D) float64 k-means centres of (N, D) points: pseudo-classes where no labels are (ours).
 
     Every centre has points; K is below `clusters` when there are fewer different points.
     """

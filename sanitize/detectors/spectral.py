@@ -1,4 +1,4 @@
-"""Spectral signatures (Tran et al., NeurIPS 2018), label-free: pseudo-classes instead of classes (CLIP card section 8)."""
+"""Spectral signatures (Tran et al., NeurIPS 2018), label-free: pseudo-classes instead of classes (ours)."""
 
 import torch
 from torch import Tensor

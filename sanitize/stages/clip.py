@@ -1,7 +1,8 @@
 """CLIP towers from a local OpenAI or open_clip checkpoint: the architecture is read off the tensors' shapes.
 
-Layouts and rules: CLIP card section 5. A ViT has "proj", anything else is a ModifiedResNet with attention pooling. The file
-does not say which GELU it was trained with: OpenAI's weights need QuickGELU, most open_clip ones the exact GELU.
+Layouts and rules are those of the code of openai/CLIP and mlfoundations/open_clip (factory.py). A ViT has "proj", anything else
+is a ModifiedResNet with attention pooling. The file does not say which GELU it was trained with: OpenAI's weights need QuickGELU,
+most open_clip ones the exact GELU.
 """
 
 import re

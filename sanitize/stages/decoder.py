@@ -1,7 +1,7 @@
-"""The DeDe model, in paper order: hide patches, encode the visible ones, join the embedding, reconstruct.
+"""The DeDe model (Hou et al., CVPR 2025, arXiv 2411.16154): hide patches, encode the visible ones, join the embedding, reconstruct.
 
-Shapes follow methods card section 2: T patches of P x P pixels, K = floor(T (1 - mask ratio)) of them visible, width d.
-With K = 0 the patch encoder cannot change anything (card section 4), so it does not run.
+Shapes follow the reference code, src/decoder_model.py: T patches of P x P pixels, K = floor(T (1 - mask ratio)) of them visible,
+width d. With K = 0 the patch encoder cannot change anything (measured on the reference model), so it does not run.
 """
 
 import hashlib

@@ -1,6 +1,7 @@
 """Images + encoder + decoder → score columns. Higher = more suspicious, everywhere.
 
-`paper`: DeDe's score, the sum of squared differences over hidden pixels in normalised units (DeDe, CVPR 2025, eq. 5).
+`paper`: DeDe's score, the sum of squared differences over hidden pixels in normalised units
+(Hou et al., CVPR 2025; reference code, src/utils.py, MAE_error).
 `lowres`: mean squared difference at the decoder's (low) resolution.
 `reaction`: how unlike clean images' the embedding lies and changes under perturbations (clean_reference.py); an image that looks
 clean by where it lies alone (prescreen score below a threshold) is not perturbed: its score is the difference, below every distance.

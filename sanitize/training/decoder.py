@@ -124,7 +124,7 @@ def _loss(
     order: Tensor,
     ratio: float,
 ) -> Tensor:
-    """Mean over everything of mask * (x_hat - x)^2, divided by the nominal ratio (DeDe, CVPR 2025, eq. 4)."""
+    """Mean over everything of mask * (x_hat - x)^2, divided by the nominal ratio (DeDe's reference code, src/main.py)."""
     spec, decoder = config.encoder, config.decoder
     mean = torch.tensor(spec.mean, device=rank.device).view(1, 3, 1, 1)
     std = torch.tensor(spec.std, device=rank.device).view(1, 3, 1, 1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-HIDDEN = (512, 256)  # of the MLP (BadEncoder card 5)
+HIDDEN = (512, 256)  # of the MLP (BadEncoder, Jia et al., IEEE S&P 2022: code, training_downstream_classifier.py)
 DROPOUT = 0.5  # after its first layer
 
 

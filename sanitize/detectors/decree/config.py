@@ -8,7 +8,9 @@ from sanitize.config import check
 
 @dataclass(frozen=True)
 class DecreeConfig:
-    """Settings of the inversion. The defaults are the recipe for 32 pixels on a CPU (section 8).
+    """Settings of the inversion. The defaults are those of the reference code (main.py) at 32 pixels.
+
+    Ours, for a CPU: pool, batch_size, epochs and restarts.
 
     pool: images used; batch_size: images per step; epochs: at most so many passes over the pool, per restart
     learning_rates: one more than `milestones`, the epochs at which the next one begins

@@ -1,8 +1,8 @@
-"""DECREE (Feng et al., CVPR 2023): is the encoder itself trojaned? Invert the smallest trigger that makes embeddings collapse.
+"""DECREE (Feng et al., CVPR 2023, arXiv 2303.15180): is the encoder itself trojaned?
 
-A true trigger sends unrelated images to one embedding, so a trojaned encoder needs only a small mask for that, a clean one
-a large mask. Sections: of its methods card. Convention of the result: L1 is the sum of the mask over 3 channels,
-P-L1 = L1 / (3 H W) in [0, 1], pixels = L1 / 3.
+Invert the smallest trigger that makes embeddings collapse. A true trigger sends unrelated images to one embedding, so a trojaned
+encoder needs only a small mask for that, a clean one a large mask. "Reference code" is GiantSeaweed/DECREE. Convention of the
+result: L1 is the sum of the mask over 3 channels, P-L1 = L1 / (3 H W) in [0, 1], pixels = L1 / 3.
 """
 
 import logging
@@ -39,12 +39,12 @@ class InvertedTrigger:
 
     @property
     def l1(self) -> float:
-        """Sum of the mask over 3 channels, in [0, 3 H W] (section 2)."""
+        """Sum of the mask over 3 channels, in [0, 3 H W] (reference code, main.py)."""
         return 3 * float(self.mask.double().sum())
 
     @property
     def p_l1(self) -> float:
-        """L1 / (3 H W), in [0, 1] (section 3)."""
+        """L1 / (3 H W), in [0, 1]. That the 3 belongs there is our reading; the authors left it open."""
         return self.l1 / (3 * self.mask.numel())
 
     @property
@@ -93,7 +93,7 @@ class Inversion:
 
 
 def from_logits(logits: Tensor) -> Tensor:
-    """Unbounded logits → values in [0, 1], same shape (section 2): clip(tanh(v) / (2 - eps) + 1/2, 0, 1)."""
+    """Unbounded logits → values in [0, 1], same shape (reference code, main.py): clip(tanh(v) / (2 - eps) + 1/2, 0, 1)."""
     return (logits.tanh() / (2 - EPSILON) + 0.5).clamp(0, 1)
 
 
@@ -103,7 +103,7 @@ def to_logits(values: Tensor) -> Tensor:
 
 
 def stamp(images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
-    """(1 - M) x + M P, clipped, in raw pixel space (section 2).
+    """(1 - M) x + M P, clipped, in raw pixel space (reference code, main.py).
 
     images:  (B, 3, H, W) uint8 or float, 0..255
     mask:    (1, H, W) in [0, 1]
@@ -115,7 +115,7 @@ def stamp(images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
 
 
 def mean_pairwise_cosine(embeddings: Tensor) -> Tensor:
-    """() float64: mean of cos(e_i, e_j) over all ordered pairs i != j of (B, D), B >= 2, in closed form (section 7)."""
+    """() float64: mean of cos(e_i, e_j) over all ordered pairs i != j of (B, D), B >= 2, in closed form (ours)."""
     rows = functional.normalize(embeddings.double(), dim=1)
     count = len(rows)
     # the sum over all pairs minus the diagonal, which is `count` unless an embedding is zero
@@ -128,7 +128,7 @@ def learning_rate(config: DecreeConfig, epoch: int) -> float:
 
 
 class Penalty:
-    """The weight lambda of the mask's size, adapted after every step (section 2).
+    """The weight lambda of the mask's size, adapted after every step (reference code, main.py).
 
     More than `patience` successes in a row: times `factor`, unless it has reached the ceiling. As many failures: divided by
     it, unless it is below the floor; so it can end one factor below. A change starts the count again, and a success ends a
@@ -189,7 +189,7 @@ class _Descent:
         return (rows for rows in order.split(self.config.batch_size) if len(rows) > 1)  # one image has no pair
 
     def _step(self, images: Tensor) -> tuple[float, InvertedTrigger]:
-        """Loss -C + lambda R (section 2). Returns C and the trigger that gave it, from before the update."""
+        """Loss -C + lambda R (reference code, main.py). Returns C and the trigger that gave it, from before the update."""
         self.steps += 1
         mask, pattern = (from_logits(logits) for logits in self.logits)
         cosine = mean_pairwise_cosine(self.encoder(stamp(images, mask, pattern * 255) / 255))
@@ -255,8 +255,8 @@ def _accepted(
 ) -> InvertedTrigger | None:
     """The smallest candidate below `best` that collapses the whole pool too, else `best`.
 
-    The reference trusts one batch; the whole pool in float32 is the harder test (section 7). As the smallest that passes is
-    also the last improvement, checking once per epoch finds what checking every step would.
+    The reference code trusts one batch; the whole pool in float32 is a harder test (ours). As the smallest that passes is also
+    the last improvement, checking once per epoch finds what checking every step would.
     """
     smaller = [candidate for candidate in candidates if best is None or candidate.l1 < best.l1]
     for candidate in sorted(smaller, key=lambda candidate: candidate.l1)[:CHECKED_PER_EPOCH]:

@@ -59,9 +59,7 @@ def verdict_on(inversion: Inversion, peers: Sequence[float | None], threshold: f
     sizes = [size for size in peers if size is not None]
     if len(sizes) >= MIN_PEERS:
         z = peer_z(best.l1, sizes)
-        compared = (
-            f"z = {z:.2f} against {len(sizes)} clean peers (median L1 {np.median(sizes):.1f}), flagged above {Z_THRESHOLD}"
-        )
+        compared = f"z = {z:.2f} against {len(sizes)} clean peers (median L1 {np.median(sizes):.1f}), flagged above {Z_THRESHOLD}"
         return Verdict("trojaned" if z > Z_THRESHOLD else "clean", "peers", z, compared)
     flagged = best.p_l1 < P_L1_THRESHOLD
     return Verdict(
