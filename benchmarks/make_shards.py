@@ -33,7 +33,7 @@ PER_CLASS = {"cifar100-ood": 100}
 
 def chosen(source: Any, per_class: int) -> list[int]:
     """Numbers of the samples in the order of the shards; per_class: so many of each class, 0 = all."""
-    order = np.random.default_rng(0).permutation(len(source)).tolist()
+    order: list[int] = np.random.default_rng(0).permutation(len(source)).tolist()
     if not per_class:
         return order
     left: dict[int, int] = {}

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from sanitize.errors import StorageError
 
@@ -27,13 +29,36 @@ def join(folder: str, *names: str) -> str:
     return "/".join([folder.rstrip("/") if len(folder) > 1 else folder, *names])
 
 
+def local_path(path: str) -> Path:
+    """Of a local name; "~" is the user's home. Links stay as they are: their names are what the user knows."""
+    return Path(path.removeprefix("file://")).expanduser()
+
+
 def absolute(path: str) -> str:
     """The same place named so that a worker in another folder finds it."""
-    return str(Path(path.removeprefix("file://")).expanduser().resolve()) if is_local(path) else path
+    return os.path.abspath(local_path(path)) if is_local(path) else path  # noqa: PTH100 - resolve() follows links
+
+
+def real(path: str) -> str:
+    """The place itself, whatever links lead to it: equal for two names of one file."""
+    return os.path.realpath(local_path(path)) if is_local(path) else path.rstrip("/")
+
+
+def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """(file system, path in it). Local names are taken literally: `a::b.tar` is a file, not a chain of fsspec."""
+    if is_local(path):
+        return LocalFileSystem(), str(local_path(path))
+    try:
+        fs, inner = fsspec.core.url_to_fs(path)
+    except (ValueError, ImportError) as error:
+        raise StorageError(
+            f"{path}: cannot be reached ({error}). Correct the address, or install what it needs."
+        ) from None
+    return fs, inner
 
 
 def exists(path: str) -> bool:
-    fs, inner = fsspec.core.url_to_fs(path)
+    fs, inner = filesystem(path)
     return bool(fs.exists(inner))
 
 
@@ -41,8 +66,10 @@ def open_read(path: str) -> IO[bytes]:
     """Open for reading. Local files get a large buffer, remote ones fsspec's own read-ahead."""
     try:
         if is_local(path):
-            return Path(path.removeprefix("file://")).open("rb", buffering=1 << 20)
-        file: IO[bytes] = fsspec.open(path, "rb").open()
+            _require_regular(local_path(path))
+            return local_path(path).open("rb", buffering=1 << 20)
+        fs, inner = filesystem(path)
+        file: IO[bytes] = fs.open(inner, "rb")
         return file
     except FileNotFoundError:
         raise StorageError(f"{path}: no such file. Check the path.") from None
@@ -50,6 +77,17 @@ def open_read(path: str) -> IO[bytes]:
         raise StorageError(f"{path}: no permission to read. Check the owner and mode of the file.") from None
     except IsADirectoryError:
         raise StorageError(f"{path}: is a folder, a file was expected.") from None
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be opened ({error}). Check the device or connection.") from None
+
+
+def _require_regular(path: Path) -> None:
+    """A pipe would be waited for without end, a device read without end."""
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(path)
+    if not stat.S_ISREG(mode):
+        raise StorageError(f"{path}: is a pipe, a socket or a device, a file was expected.")
 
 
 def read_bytes(path: str) -> bytes:
@@ -145,7 +183,7 @@ def atomic_write(path: str) -> Iterator[HashingWriter]:
     """
     with explain_write_errors(path):
         if is_local(path):
-            target = Path(path.removeprefix("file://"))
+            target = local_path(path)
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.parent / f".{target.name}.{uuid.uuid4().hex}{PARTIAL}"
         else:
@@ -157,12 +195,23 @@ def atomic_write(path: str) -> Iterator[HashingWriter]:
                 os.fsync(file.fileno())
             if is_local(path):
                 partial.replace(target)
+                _flush_folder(target.parent)
             else:
-                fs, inner = fsspec.core.url_to_fs(path)
+                fs, inner = filesystem(path)
                 fs.makedirs(inner.rsplit("/", 1)[0], exist_ok=True)
                 fs.put_file(str(partial), inner)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """A rename is on the device only when its folder is: a power cut must not undo a marker's order."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_bytes(path: str, data: bytes) -> None:
@@ -177,7 +226,7 @@ def write_json(path: str, value: dict[str, Any]) -> None:
 def delete(path: str) -> None:
     """Delete a file; one that is not there is fine."""
     with explain_write_errors(path):
-        fs, inner = fsspec.core.url_to_fs(path)
+        fs, inner = filesystem(path)
         if fs.exists(inner):
             fs.rm_file(inner)
 
@@ -185,16 +234,16 @@ def delete(path: str) -> None:
 def remove_folder(path: str) -> None:
     with explain_write_errors(path):
         if is_local(path):
-            shutil.rmtree(path.removeprefix("file://"), ignore_errors=True)
+            shutil.rmtree(local_path(path), ignore_errors=True)
         else:
-            fs, inner = fsspec.core.url_to_fs(path)
+            fs, inner = filesystem(path)
             if fs.exists(inner):
                 fs.rm(inner, recursive=True)
 
 
 def list_files(folder: str, suffix: str) -> list[str]:
     """Paths below `folder`, relative to it, that end with `suffix`; sorted; hidden and unfinished files left out."""
-    fs, inner = fsspec.core.url_to_fs(folder)
+    fs, inner = filesystem(folder)
     inner = inner.rstrip("/")
     names = [name[len(inner) + 1 :] for name in fs.find(inner)]
     return sorted(n for n in names if n.endswith(suffix) and not any(p.startswith(".") for p in n.split("/")))
@@ -203,5 +252,5 @@ def list_files(folder: str, suffix: str) -> list[str]:
 def remove_partials(folder: str) -> None:
     """Delete what an interrupted run left under temporary names."""
     if is_local(folder):
-        for path in Path(folder.removeprefix("file://")).rglob(f".*{PARTIAL}"):
+        for path in local_path(folder).rglob(f".*{PARTIAL}"):
             path.unlink(missing_ok=True)

@@ -31,7 +31,7 @@ CLEAN, QUARANTINE = "clean", "quarantine"
 
 @dataclass(frozen=True)
 class InputShard:
-    """One input tar as it was when the scan began. head_tail_sha256: see `shards.head_tail_sha256`."""
+    """One input tar as it was when the scan began. head_tail_sha256: see stages/shards.py; "" = it could not be read."""
 
     url: str
     bytes: int
@@ -121,6 +121,16 @@ class Summary:
     decisions_sha256: str = ""
 
 
+def _with_known_hashes(run: Run, other: Run) -> Run:
+    """`run` with the hashes that only `other` knows, of the same shards."""
+    shards = dict(run.shards)
+    for stem, entry in run.shards.items():
+        known = other.shards.get(stem)
+        if not entry.head_tail_sha256 and known and known.url == entry.url:
+            shards[stem] = known
+    return dataclasses.replace(run, shards=shards)
+
+
 def decision_identity(keep: NDArray[np.bool_]) -> str:
     """Of the decisions (N,) of one shard: equal identities give equal clean and quarantine tars."""
     return hashlib.sha256(b"%d|" % len(keep) + np.packbits(keep).tobytes()).hexdigest()[:32]
@@ -138,7 +148,15 @@ class ScanFolder:
     # ---------------------------------------------------------------- run
 
     def claim(self, run: Run) -> None:
-        """Write run.json, or check that it describes this very run. Raises RefusedError: a folder never mixes two."""
+        """Write run.json, or check that it describes this very run. Raises RefusedError: a folder never mixes two.
+
+        A shard that could not be read on one of the two occasions is known by its name.
+        """
+        if storage.exists(self.at("run.json")):
+            run = _with_known_hashes(run, before := self.run())
+            known = _with_known_hashes(before, run)
+            if known != before:
+                storage.write_json(self.at("run.json"), to_mapping(known))
         run_record.claim_folder(self.path, "run.json", to_mapping(run), "a scan")
 
     def run(self) -> Run:
@@ -160,6 +178,10 @@ class ScanFolder:
     def tar_name(self, part: str, stem: str) -> str:
         """part: CLEAN or QUARANTINE"""
         return f"{part}/{stem}.tar"
+
+    def tars(self, stem: str) -> list[str]:
+        """The paths that pass 2 may write for a shard."""
+        return [self.at(self.tar_name(part, stem)) for part in (CLEAN, QUARANTINE)]
 
     def is_scored(self, stem: str) -> bool:
         return storage.exists(self.at("done", f"{stem}.json"))

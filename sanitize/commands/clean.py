@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import logging
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import IO
@@ -19,12 +20,14 @@ from numpy.typing import NDArray
 
 from sanitize import runtime, storage
 from sanitize.artifacts import decisions
+from sanitize.artifacts.decisions import Decisions
 from sanitize.artifacts.detector_folder import Detector, load_detector
 from sanitize.artifacts.scan_folder import (
     CLEAN,
     QUARANTINE,
     Run,
     ScanFolder,
+    ShardInput,
     ShardMarker,
     Split,
     Summary,
@@ -39,7 +42,7 @@ from sanitize.runtime import ProgressCallback, Resources, ShardFunction
 from sanitize.stages import score_table, thresholds
 from sanitize.stages.adaptation import ScoreAdapter, score_adapter
 from sanitize.stages.shard_reader import ShardReader
-from sanitize.stages.shards import end_archive, open_shard, read_block, sample_ranges
+from sanitize.stages.shards import end_archive, open_shard, printable, read_block
 
 log = logging.getLogger(__name__)
 RARE = 0.01  # share of poison that every policy should be able to act on
@@ -181,83 +184,128 @@ class SplitTask:
 
     def start(self, threads: int) -> ShardFunction[ShardMarker]:  # noqa: ARG002 - copying needs no threads
         folder = ScanFolder(self.out)
-        table = folder.decisions()
-        return lambda shard, progress: _split(folder, shard, table.of(shard.stem).keep, progress)
+        table, image_member = folder.decisions(), folder.run().image_member
+        return lambda shard, progress: _split(folder, shard, table.of(shard.stem), image_member, progress)
 
 
-def _split(folder: ScanFolder, shard: Shard, kept: NDArray[np.bool_], progress: ProgressCallback) -> ShardMarker:
+def _split(
+    folder: ScanFolder, shard: Shard, decided: Decisions, image_member: str, progress: ProgressCallback
+) -> ShardMarker:
     marker = folder.marker(shard.stem)
     assert marker is not None, "only scored shards are split"
-    decision = decision_identity(kept)
+    decision = decision_identity(decided.keep)
     if marker.clean and marker.clean.decision == decision:
         return marker
-    ranges = _ranges(shard, kept)
-    if marker.clean:  # of another decision: forget its files before they are touched
-        marker = marker.unsplit()
-        folder.write_marker(marker)
-    for part in (CLEAN, QUARANTINE):
-        storage.delete(folder.at(folder.tar_name(part, shard.stem)))
-    files = _copy_ranges(folder, shard, ranges, marker.input.sha256)
-    split = Split(kept=int(kept.sum()), removed=int((~kept).sum()), decision=decision)
+    # forget what another decision left before anything can go wrong: its tars may hold what is to be removed now
+    marker = marker.unsplit()
+    folder.write_marker(marker)
+    for path in folder.tars(shard.stem):
+        storage.delete(path)
+    hashes = score_table.read(folder.scores(shard.stem), ["sha256"]).column("sha256").to_pylist()
+    plan = _plan(shard, decided, hashes, image_member, marker.input)
+    files = _copy(folder, shard, plan, marker.input.sha256)
+    removed = int((~decided.keep).sum())
+    split = Split(kept=len(decided.keep) - removed, removed=removed, decision=decision)
     marker = replace(marker, clean=split, files=marker.files | files)
     folder.write_marker(marker)
-    progress(len(kept), split.removed, shard.size)
+    progress(len(decided.keep), removed, shard.size)
     return marker
 
 
-def _ranges(shard: Shard, kept: NDArray[np.bool_]) -> list[tuple[int, int, bool]]:
-    """(start, end, kept) in tar order, covering the readable part of the shard without gaps; neighbours merged."""
-    ranges: list[tuple[int, int, bool]] = []
+@dataclass(frozen=True)
+class CopyPlan:
+    """ranges: (start, end, keep) in tar order, covering the readable part of the shard without gaps; neighbours merged.
+    images: (start, end, SHA-256) of every image that was scored."""
+
+    ranges: list[tuple[int, int, bool]]
+    images: list[tuple[int, int, str]]
+
+
+def _plan(shard: Shard, decided: Decisions, hashes: Sequence[str], image_member: str, scored: ShardInput) -> CopyPlan:
+    """Raises ShardError when the shard does not read as it did in pass 1: the same samples, damage and loose members."""
+    plan = CopyPlan([], [])
 
     def add(start: int, end: int, keep: bool) -> None:
-        if ranges and ranges[-1][2] is keep and ranges[-1][1] == start:
-            start = ranges.pop()[0]
-        ranges.append((start, end, keep))
+        if plan.ranges and plan.ranges[-1][2] is keep and plan.ranges[-1][1] == start:
+            start = plan.ranges.pop()[0]
+        plan.ranges.append((start, end, keep))
 
+    keys = []
     with open_shard(shard) as file:
-        reader = ShardReader(file, shard, with_images=False)
+        reader = ShardReader(file, shard, with_images=False, image_member=image_member)
         position = 0
-        for index, start, end in sample_ranges(reader.samples()):
-            if index >= len(kept):
+        for sample in reader.samples():
+            keys.append(printable(sample.key))
+            if keys[-1:] != decided.keys[sample.index : sample.index + 1]:
                 raise ShardError(_changed(shard))
-            if start > position:
-                add(position, start, False)  # loose members
-            add(start, end, bool(kept[index]))
-            position = end
+            for member in sample.members:
+                if member.start > position:
+                    add(position, member.start, False)  # loose members
+                add(member.start, member.end, bool(decided.keep[sample.index]))
+                position = member.end
+            if (image := reader.image_of(sample)) and hashes[sample.index]:
+                plan.images.append((image.data, image.data + image.size, hashes[sample.index]))
         if reader.readable_end > position:
             add(position, reader.readable_end, False)
-    return ranges
+    if keys != decided.keys or (reader.damage, reader.loose) != (scored.damage, scored.loose_members):
+        raise ShardError(_changed(shard))
+    return plan
 
 
-def _copy_ranges(
-    folder: ScanFolder, shard: Shard, ranges: Sequence[tuple[int, int, bool]], expected_sha256: str
-) -> dict[str, WrittenFile]:
+def _copy(folder: ScanFolder, shard: Shard, plan: CopyPlan, expected_sha256: str) -> dict[str, WrittenFile]:
     """Copy every range to its tar in one pass, at most 1 MiB in memory; an empty tar is not written.
 
-    The whole input is hashed on the way: a shard that changed since it was scored is refused, whatever its ranges hold.
+    The whole input and every scored image are hashed on the way: what is kept is what was scored, byte for byte.
     """
-    names = {keep: folder.tar_name(CLEAN if keep else QUARANTINE, shard.stem) for _, _, keep in ranges}
-    digest = hashlib.sha256()
+    names = {keep: folder.tar_name(CLEAN if keep else QUARANTINE, shard.stem) for _, _, keep in plan.ranges}
+    digest, images = hashlib.sha256(), _ImageHashes(shard, plan.images)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open_shard(shard))
         targets = {
             keep: stack.enter_context(storage.atomic_write(folder.at(name))) for keep, name in sorted(names.items())
         }
         position = 0
-        for start, end, keep in ranges:
+        for start, end, keep in plan.ranges:
             for data in _blocks(file, shard, start - position):
                 digest.update(data)
             for data in _blocks(file, shard, end - start):
                 digest.update(data)
+                images.update(data)
                 targets[keep].write(data)
             position = end
         for data in _blocks(file, shard, shard.size - position + 1):
             digest.update(data)
         if digest.hexdigest() != expected_sha256:
             raise ShardError(_changed(shard))
+        images.finish()
         for target in targets.values():
             end_archive(target)
     return {names[keep]: WrittenFile(target.size, target.sha256()) for keep, target in targets.items()}
+
+
+class _ImageHashes:
+    """Compares each scored image with its bytes on their way past; the ranges cover the shard from its first byte."""
+
+    def __init__(self, shard: Shard, images: Sequence[tuple[int, int, str]]) -> None:
+        self._shard, self._images = shard, deque(images)
+        self._position, self._digest = 0, hashlib.sha256()
+
+    def update(self, data: bytes) -> None:
+        begin, end = self._position, self._position + len(data)
+        while self._images and self._images[0][0] < end:
+            start, stop, expected = self._images[0]
+            self._digest.update(data[max(start - begin, 0) : stop - begin])
+            if stop > end:
+                break
+            self._images.popleft()
+            found, self._digest = self._digest.hexdigest(), hashlib.sha256()
+            if found != expected:
+                raise ShardError(_changed(self._shard))
+        self._position = end
+
+    def finish(self) -> None:
+        if self._images:
+            raise ShardError(_changed(self._shard))
 
 
 def _blocks(file: IO[bytes], shard: Shard, count: int) -> Iterator[bytes]:

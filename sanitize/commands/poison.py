@@ -20,7 +20,7 @@ from sanitize.errors import ConfigError, ShardError
 from sanitize.records import Sample, Shard
 from sanitize.stages.images import decode_image
 from sanitize.stages.shard_reader import ShardReader
-from sanitize.stages.shards import end_archive, list_shards, printable
+from sanitize.stages.shards import end_archive, list_shards, printable, refuse_to_overwrite
 
 log = logging.getLogger(__name__)
 LOSSLESS = {"png": "PNG", "bmp": "BMP", "ppm": "PPM", "tif": "TIFF", "tiff": "TIFF"}
@@ -51,7 +51,8 @@ def poison(
     Other members and unstamped samples are copied byte for byte. Lossy images are an exception: all of them are encoded
     again (`reencode_all`), so that the codec does not give the stamped ones away.
     """
-    shards, replace = list_shards(patterns), replace or {}
+    shards, replace = list_shards(patterns, leave_out=out), replace or {}
+    refuse_to_overwrite(shards, lambda stem: [storage.join(out, f"{stem}.tar")])
     if storage.exists(storage.join(out, TRUTH)):
         raise ConfigError(f"{out}: holds poisoned shards already ({TRUTH}). Give another --out.")
     counts = [_count(shard) for shard in shards]

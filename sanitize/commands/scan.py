@@ -30,7 +30,7 @@ from sanitize.stages.prefetch import image_batches
 from sanitize.stages.score_table import Floats, ScoreWriter, rows
 from sanitize.stages.scoring import Scorer
 from sanitize.stages.shard_reader import ShardReader
-from sanitize.stages.shards import head_tail_sha256, list_shards, open_shard
+from sanitize.stages.shards import head_tail_sha256, list_shards, open_shard, refuse_to_overwrite
 from sanitize.stages.text import load_text_encoder
 from sanitize.stages.thresholds import threshold_for
 
@@ -51,7 +51,9 @@ class ScanResult:
 
 def scan(config: ScanConfig) -> ScanResult:
     """Score all shards, then split them by the policy unless `scores_only`."""
-    shards = list_shards(config.shards)
+    folder = ScanFolder(config.out)
+    shards = list_shards(config.shards, leave_out=config.out)
+    refuse_to_overwrite(shards, folder.tars)
     detector = load_detector(config.detector)
     encoder = load_matching_encoder(detector, config.encoder)  # fail here, not in a worker
     caption_member = _caption_member(config, encoder.spec)
@@ -62,7 +64,6 @@ def scan(config: ScanConfig) -> ScanResult:
     resources = runtime.plan(
         config.workers, config.cpus_per_worker, config.gpus_per_worker, len(shards), config.address
     )
-    folder = ScanFolder(config.out)
     folder.claim(_run(config, caption_member, detector, shards))
     task = ScoreTask(
         detector=storage.absolute(config.detector),

@@ -28,6 +28,7 @@ def verify(out: str) -> VerifyResult:
     run = folder.run()
     table, problems = _decisions(folder)
     samples = files = 0
+    is_split = False
     named: set[str] = set()
     for stem in sorted(run.shards):
         marker = folder.marker(stem)
@@ -38,9 +39,12 @@ def verify(out: str) -> VerifyResult:
         broken = [problem for name, entry in marker.files.items() for problem in _file_problems(folder, name, entry)]
         problems += broken or _count_problems(folder, marker)
         problems += _split_problems(marker, table) if table else []
+        is_split = is_split or marker.clean is not None
         samples += marker.samples
         files += len(marker.files)
     problems += [f"{name}: no marker names it. Delete it." for name in sorted(folder.present_files() - named)]
+    if is_split and folder.summary() is None:
+        problems.append("summary.json: missing, so pass 2 did not end. Run `sanitize clean` again.")
     return VerifyResult(len(run.shards), samples, files, tuple(problems))
 
 
@@ -67,8 +71,14 @@ def _file_problems(folder: ScanFolder, name: str, entry: WrittenFile) -> list[st
 
 
 def _count_problems(folder: ScanFolder, marker: ShardMarker) -> list[str]:
-    rows = len(score_table.read(folder.scores(marker.shard), ["index"]))
-    problems = [f"{marker.shard}: {rows} score rows for {marker.samples} samples."] if rows != marker.samples else []
+    table = score_table.read(folder.scores(marker.shard), ["shard"])
+    problems = []
+    if len(table) != marker.samples:
+        problems.append(f"{marker.shard}: {len(table)} score rows for {marker.samples} samples.")
+    if foreign := set(table.column("shard").unique().to_pylist()) - {marker.shard}:
+        problems.append(
+            f"{marker.shard}: its score table is that of {min(foreign)}. Delete done/{marker.shard}.json and scan again."
+        )
     if marker.clean is None:
         return problems
     for part, expected in ((CLEAN, marker.clean.kept), (QUARANTINE, marker.clean.removed)):
@@ -82,8 +92,8 @@ def _count_problems(folder: ScanFolder, marker: ShardMarker) -> list[str]:
 
 
 def _split_problems(marker: ShardMarker, table: DecisionTable) -> list[str]:
-    decided = decision_identity(table.of(marker.shard).keep)
-    if marker.clean is None or marker.clean.decision != decided:
+    decided = table.of(marker.shard).keep
+    if marker.clean is None or marker.clean.decision != decision_identity(decided) or len(decided) != marker.samples:
         return [f"{marker.shard}: not split as decisions.parquet says. Run `sanitize clean` again."]
     return []
 

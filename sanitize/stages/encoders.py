@@ -96,7 +96,12 @@ def require_trainable(encoder: Encoder) -> None:
     the backward pass of a channels-last 1x1 convolution with stride and fewer than 8 channels (uxlfoundation/oneDNN issue 6035).
     """
     for name, layer in encoder.backbone.named_modules():
-        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and max(layer.stride) > 1 and layer.in_channels < 8:
+        if (
+            isinstance(layer, nn.Conv2d)
+            and layer.kernel_size == (1, 1)
+            and max(layer.stride) > 1
+            and layer.in_channels < 8
+        ):
             raise ConfigError(
                 f"encoder {encoder.spec.architecture}, width {encoder.spec.width}: cannot be trained safely. Layer {name} is a 1x1 "
                 f"convolution with stride and {layer.in_channels} channels, whose gradient destroys memory on processors without "

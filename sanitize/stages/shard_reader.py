@@ -17,6 +17,7 @@ from sanitize.records import Member, Sample, Shard
 from sanitize.stages.captions import MAX_CAPTION_BYTES, caption_text, split_member
 from sanitize.stages.shards import BLOCK, IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, is_image, printable, read_block
 
+MAX_MEMBERS = 1000  # of one sample
 MAX_HEADER = 1 << 20  # a long-name or pax header larger than this is an attack, not a name
 _KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$", re.DOTALL)
 
@@ -140,19 +141,21 @@ class ShardReader:
             opened = True
             while (info := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined] # tarfile keeps every header; a scan must not grow with the shard
-                if tar.offset <= offset:
+                if info.size < 0 or tar.offset <= offset:
                     raise tarfile.ReadError("a member has a negative size")
-                if set(tar.pax_headers) - {"comment"}:
+                if changed := sorted(set(tar.pax_headers) - {"comment"}):
                     raise ShardError(
-                        f"{self._shard.url}: has a global pax header ({', '.join(sorted(tar.pax_headers))}) that changes all "
+                        f"{self._shard.url}: has a global pax header ({', '.join(map(printable, changed))}) that changes all "
                         "members, so single members cannot be copied. Rewrite the shard without it."
                     )
                 offset = tar.offset
                 if offset <= self._shard.size:
                     self.readable_end = offset
                 yield _member(info, offset)
-        except (tarfile.TarError, ValueError, ArithmeticError, RecursionError) as error:
-            failure = str(error)
+        except ShardError:
+            raise
+        except Exception as error:  # tarfile lets a dozen kinds out on hostile headers; all mean the same here
+            failure = str(error) or type(error).__name__
         if not opened:
             raise ShardError(
                 f"{self._shard.url}: not a tar archive ({failure}). Compressed archives must be unpacked to plain .tar first."
@@ -172,9 +175,14 @@ class ShardReader:
             self.damage = f"more data follows the end of the archive at byte {self.readable_end}; it is unread (two tars in one file?)"
 
     def _extended(self, sample: Sample, member: Member) -> Sample:
+        if len(sample.members) >= MAX_MEMBERS:
+            raise ShardError(
+                f"{self._shard.url}: sample {printable(member.key)!r} has more than {MAX_MEMBERS} members. Rewrite the shard "
+                "so that every sample has a key of its own."
+            )
         if any(member.extension == other.extension for other in sample.members):
             raise ShardError(
-                f"{self._shard.url}: sample {printable(member.key)!r} has two members with extension .{member.extension}. "
+                f"{self._shard.url}: sample {printable(member.key)!r} has two members with extension .{printable(member.extension)}. "
                 "Rewrite the shard so that every file name is unique."
             )
         if member.extension == self._caption_extension and member.end <= self._shard.size:

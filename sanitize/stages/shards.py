@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import IO
 
 import braceexpand
@@ -10,7 +11,7 @@ import fsspec
 
 from sanitize import storage
 from sanitize.errors import ConfigError, ShardError, StorageError
-from sanitize.records import Sample, Shard
+from sanitize.records import Shard
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "tif", "tiff")
 BLOCK = 512
@@ -21,17 +22,17 @@ MAX_IMAGE_BYTES = 1 << 28
 # ---------------------------------------------------------------- listing
 
 
-def list_shards(patterns: Sequence[str]) -> list[Shard]:
+def list_shards(patterns: Sequence[str], leave_out: str = "") -> list[Shard]:
     """Shards named by folders, tar files, globs and braces, local or fsspec URLs; sorted by stem.
 
+    leave_out: the folder this run writes; what an earlier run left there is no input, unless it is named itself.
     Raises ConfigError when something is missing, nothing is found, or two inputs would get the same name.
     """
     if isinstance(patterns, str):  # a str is a sequence of str: every letter would be looked for
         raise ConfigError(f"shards: {patterns!r} is one text, a list of paths was expected. Write ({patterns!r},).")
     found: dict[str, Shard] = {}
     for pattern in patterns:
-        matches = [shard for url in braceexpand.braceexpand(pattern) for shard in _list_one(url)]
-        for shard in matches:
+        for shard in [shard for url in _expanded(pattern) for shard in _list_one(url, leave_out)]:
             other = found.setdefault(shard.stem, shard)
             if other.url != shard.url:
                 raise ConfigError(
@@ -41,42 +42,86 @@ def list_shards(patterns: Sequence[str]) -> list[Shard]:
     return sorted(found.values(), key=lambda shard: shard.stem)
 
 
-def _list_one(url: str) -> list[Shard]:
+def _expanded(pattern: str) -> list[str]:
+    try:
+        return list(braceexpand.braceexpand(pattern))
+    except ValueError as error:
+        raise ConfigError(
+            f"{pattern}: its braces do not close ({error}). Write them as part-{{0000..0009}}.tar."
+        ) from None
+
+
+def _list_one(url: str, leave_out: str) -> list[Shard]:
     url = storage.absolute(url)
-    fs, inner = fsspec.core.url_to_fs(url)
+    fs, inner = storage.filesystem(url)
     protocol = "" if storage.is_local(url) else url.split("://", 1)[0] + "://"
     try:
-        if any(character in inner for character in "*?["):
+        if any(character in inner for character in "*?[") and not fs.exists(inner):
             root = re.split(r"[*?\[]", inner, maxsplit=1)[0].rsplit("/", 1)[0]
             paths = [path for path in fs.glob(inner) if path.endswith(".tar")]
         elif fs.isdir(inner):
             root, paths = inner.rstrip("/"), [path for path in fs.find(inner) if path.endswith(".tar")]
-        elif fs.exists(inner):
+        elif fs.exists(inner) or (storage.is_local(url) and Path(inner).is_symlink()):
             root, paths = inner.rsplit("/", 1)[0], [inner]
         else:
             raise ConfigError(f"{url}: no such file or folder. Check the path; a folder means every .tar below it.")
-        sizes = [int(fs.size(path)) for path in paths]
     except PermissionError:
         raise StorageError(f"{url}: no permission to read. Check the owner and mode of the folder.") from None
-    paths_sizes = [(p, s) for p, s in zip(paths, sizes, strict=True) if not p.rsplit("/", 1)[-1].startswith(".")]
-    if not paths_sizes:
+    written = _written_below(root, protocol, leave_out)
+    paths = [p for p in paths if not p.rsplit("/", 1)[-1].startswith(".") and not (written and p.startswith(written))]
+    if not paths:
         raise ConfigError(
             f"{url}: no .tar file found. Give a folder with WebDataset shards, or a glob that matches some."
         )
     return [
         Shard(
-            protocol + path.removeprefix("/" if protocol else ""), path[len(root) :].lstrip("/").removesuffix(".tar"), s
+            url=protocol + path.removeprefix("/" if protocol else ""),
+            stem=path[len(root) :].lstrip("/").removesuffix(".tar"),
+            size=_size(fs, path),
         )
-        for path, s in paths_sizes
+        for path in paths
     ]
+
+
+def _written_below(root: str, protocol: str, leave_out: str) -> str:
+    """The folder `leave_out` as the file system names it, with "/", when it lies below `root`; else "": no path begins so."""
+    if not leave_out:
+        return ""
+    _, inner = storage.filesystem(storage.absolute(leave_out))
+    same = not protocol if storage.is_local(leave_out) else leave_out.startswith(protocol) and bool(protocol)
+    below = f"{inner.rstrip('/')}/"
+    return below if same and below.startswith(f"{root}/") and below != f"{root}/" else ""
+
+
+def _size(fs: fsspec.AbstractFileSystem, path: str) -> int:
+    """In bytes; 0 for what cannot be asked (a dangling link): reading it will fail, and that shard alone."""
+    try:
+        return int(fs.size(path) or 0)
+    except OSError:
+        return 0
+
+
+def refuse_to_overwrite(shards: Sequence[Shard], outputs: Callable[[str], Sequence[str]]) -> None:
+    """Raises ConfigError when a file that would be written is an input. outputs: stem → the paths written for it."""
+    inputs = {storage.real(shard.url) for shard in shards}
+    for shard in shards:
+        for path in outputs(shard.stem):
+            if storage.real(path) in inputs:
+                raise ConfigError(f"{path}: is an input and would be overwritten. Give another --out.")
+
+
+UNREADABLE = ""  # in place of the hash of a shard that cannot be read now; scoring it names the reason
 
 
 def head_tail_sha256(shard: Shard, span: int = 1 << 16) -> str:
     """A cheap identity of a shard: hash of its size, first and last 64 KiB. The whole hash is kept by the scan."""
-    with storage.open_read(shard.url) as file:
-        head = file.read(span)
-        file.seek(max(0, shard.size - span))
-        return hashlib.sha256(b"%d|" % shard.size + head + file.read(span)).hexdigest()
+    try:
+        with storage.open_read(shard.url) as file:
+            head = file.read(span)
+            file.seek(max(0, shard.size - span))
+            return hashlib.sha256(b"%d|" % shard.size + head + file.read(span)).hexdigest()
+    except (StorageError, OSError):
+        return UNREADABLE
 
 
 # ---------------------------------------------------------------- opening
@@ -107,19 +152,19 @@ def is_image(extension: str, image_member: str = "") -> bool:
     return extension.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS
 
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
 def printable(name: str) -> str:
-    """A member name as valid Unicode: bytes that are not UTF-8 become \\xNN."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """A member name as Unicode that is safe to show: bytes that are not UTF-8 and control characters become \\xNN or \\uNNNN.
+
+    Controls include terminal escapes, line ends and those that turn the direction of text.
+    """
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 # ---------------------------------------------------------------- copying
-
-
-def sample_ranges(samples: Iterable[Sample]) -> Iterator[tuple[int, int, int]]:
-    """(index, start, end) of every member, in tar order."""
-    for sample in samples:
-        for member in sample.members:
-            yield sample.index, member.start, member.end
 
 
 def end_archive(target: storage.HashingWriter) -> None:
