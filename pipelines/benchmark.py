@@ -322,12 +322,10 @@ def main(config: str, markdown_page: str) -> None:
             if markdown_page:
                 page.replace(markdown_page, settings.section, benchmark_page.summary(rows, rows[0]["aux"]))
             return
-        classes = by_class(settings)
-        page.write_csv(settings.table.replace(".csv", "_by_class.csv"), classes)
-        clean = clean_scans(settings)
-        page.write_csv(settings.table.replace(".csv", "_clean_scans.csv"), clean)
+        page.write_csv(settings.table.replace(".csv", "_by_class.csv"), by_class(settings))
+        page.write_csv(settings.table.replace(".csv", "_clean_scans.csv"), clean_scans(settings))
         if markdown_page:
-            benchmark_page.write_tables(markdown_page, rows, classes, clean, settings.default)
+            page.replace(markdown_page, f"balanced {rows[0]['aux']}", benchmark_page.summary(rows, rows[0]["aux"]))
             write_plots(settings, Path(markdown_page).parent / "plots", rows)
 
 

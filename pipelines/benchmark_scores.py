@@ -20,7 +20,7 @@ from pipelines.data import load_images
 from sanitize import runtime, storage
 from sanitize.artifacts.detector_folder import Detector, load_detector, load_matching_encoder, make_scorer
 from sanitize.commands.fit import fit
-from sanitize.config import FitConfig, ThresholdPolicy, check, perturbed_share, preset
+from sanitize.config import FitConfig, check, perturbed_share, preset
 from sanitize.config_loading import from_mapping, load_encoder_spec, overlay, to_mapping
 from sanitize.detectors import fit_detector
 from sanitize.detectors.reference_set import ReferenceSet
@@ -164,7 +164,7 @@ def as_decoded(images: Tensor) -> list[DecodedImage]:
 def adapted_to_pool(detector: Detector, scores: Floats, statistics: Floats) -> Floats:
     """What pass 2 of a scan of this pool would decide by (stages/adaptation.py)."""
     reference = detector.clean_reference
-    if reference is None or reason_not_to_adapt(scores, detector.calibration("thorough"), ThresholdPolicy()):
+    if reference is None or reason_not_to_adapt(scores, detector.calibration("thorough")):
         return scores
     return adapted(reference, statistics).distance(torch.from_numpy(statistics)).numpy()
 

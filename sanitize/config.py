@@ -112,6 +112,9 @@ def check_precision(precision: str) -> None:
     check(precision in ("auto", "bf16", "fp32"), f"precision: {precision!r} is not auto, bf16 or fp32.")
 
 
+SCORERS = ("reaction", "lowres", "paper")  # stages/scoring.py; a test holds both equal
+
+
 @dataclass(frozen=True)
 class FitConfig:
     """`sanitize fit`: auxiliary shards + encoder → detector folder."""
@@ -133,8 +136,7 @@ class FitConfig:
     address: str = ""
 
     def __post_init__(self) -> None:
-        names = ("reaction", "lowres", "paper")
-        check(self.scorer in names, f"scorer: {self.scorer!r} is not one of {', '.join(names)}.")
+        check(self.scorer in SCORERS, f"scorer: {self.scorer!r} is not one of {', '.join(SCORERS)}.")
         check(0 < self.test_mask_ratio <= 1, "test_mask_ratio: must be above 0 and at most 1.")
         check(self.limit >= 0 and self.batch_size >= 1, "limit must be >= 0 and batch_size >= 1.")
 

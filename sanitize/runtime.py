@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+import joblib
 import torch
 
 from sanitize.errors import ConfigError, SanitizeError, ShardError
@@ -19,6 +20,7 @@ from sanitize.records import Shard
 
 log = logging.getLogger(__name__)
 RETRIES = 3  # of an actor that dies and of the shard it had
+LOST_IN_A_ROW = 3  # shards that killed their worker so often: it is not the shards
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 ProgressCallback = Callable[[int, int, int], None]  # samples, flagged, bytes of the current shard so far
@@ -69,9 +71,9 @@ def plan(workers: int, cpus_per_worker: int, gpus_per_worker: float, shards: int
 
 
 def usable_cpus() -> int:
-    """Those this process may run on: a scheduler or `taskset` may leave it fewer than the machine has, and more threads than
-    cores that wait for each other in OpenMP slow training down several times."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Those this process may use: affinity (a scheduler, `taskset`) or a container's quota may leave it fewer than the machine
+    has, and more threads than cores that wait for each other in OpenMP slow training down several times."""
+    return int(joblib.cpu_count())
 
 
 def _available(address: str) -> tuple[int, int]:
@@ -131,7 +133,11 @@ def session_for(resources: Resources, address: str) -> contextlib.AbstractContex
 def map_shards(
     task: Task[R], shards: Sequence[Shard], resources: Resources, display: ProgressDisplay, address: str = ""
 ) -> Iterator[Outcome[R]]:
-    """Run `task` on every shard, in any order; a ShardError fails its shard alone, anything else ends the run."""
+    """Run `task` on every shard, in any order.
+
+    What is wrong with one shard fails it alone, also when we did not foresee it or when it kills its worker; a SanitizeError that
+    is not the shard's (disk full, wrong detector) ends the run.
+    """
     if not shards:
         return
     total = _Total()
@@ -192,6 +198,14 @@ def _run(function: ShardFunction[R], shard: Shard, progress: ProgressCallback) -
         return Outcome(shard, function(shard, progress))
     except ShardError as error:
         return Outcome(shard, None, str(error))
+    except SanitizeError:
+        raise
+    except Exception as error:  # a hostile file found a hole: the other shards must not pay for it
+        log.debug("%s", shard.url, exc_info=True)
+        why = " ".join(str(error).split())[:200]
+        return Outcome(
+            shard, None, f"{shard.url}: failed unexpectedly ({type(error).__name__}: {why}). Please report it."
+        )
 
 
 class _Worker:
@@ -225,6 +239,7 @@ def _map_on_ray(
     count = min(resources.workers, len(shards))
     shared = ray.put(task)  # once, whatever it holds
     idle: list[Any] = [worker.remote(shared, resources.cpus) for _ in range(count)]
+    lost = 0  # shards in a row that their workers died of
     waiting = list(reversed(shards))
     running: dict[Any, tuple[Any, Shard]] = {}
     last: dict[Any, ShardProgress] = {}
@@ -233,16 +248,17 @@ def _map_on_ray(
             while waiting and idle:
                 actor, shard = idle.pop(), waiting.pop()
                 running[actor.run.remote(shard)] = (actor, shard)
-            if not running:
-                raise SanitizeError(
-                    "all Ray workers died. Look for out-of-memory kills, lower --batch-size or --workers."
-                )
             done, _ = ray.wait(list(running), timeout=1.0)
             for reference in done:
                 actor, shard = running.pop(reference)
                 outcome, alive = _collect(reference, shard)
-                if alive:
-                    idle.append(actor)
+                lost = 0 if alive else lost + 1
+                if lost >= LOST_IN_A_ROW:
+                    raise SanitizeError(
+                        f"all Ray workers died, of {lost} shards in a row (the last: {shard.url}). Look for out-of-memory kills, "
+                        "lower --batch-size or --workers."
+                    )
+                idle.append(actor if alive else worker.remote(shared, resources.cpus))
                 total.finish(shard, _progress_of(actor) if alive else ShardProgress())
                 last.pop(actor, None)
                 yield outcome

@@ -47,7 +47,7 @@ def real(path: str) -> str:
 def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """(file system, path in it). Local names are taken literally: `a::b.tar` is a file, not a chain of fsspec."""
     if is_local(path):
-        return LocalFileSystem(), str(local_path(path))
+        return LocalFileSystem(), absolute(path)
     try:
         fs, inner = fsspec.core.url_to_fs(path)
     except (ValueError, ImportError) as error:

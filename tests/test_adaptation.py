@@ -1,13 +1,15 @@
 """Pass 2 moves the clean signature to the bulk of the scan, when that bulk can be trusted."""
 
 import dataclasses
+import itertools
 import logging
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from builders import encoded, random_image, tree_bytes, write_shards, write_tar
+from builders import encoded, image_members, random_image, tree_bytes, write_shards, write_tar
 
 from sanitize.commands.audit import audit
 from sanitize.commands.clean import clean
@@ -15,7 +17,7 @@ from sanitize.commands.scan import scan
 from sanitize.config import ThresholdPolicy
 from sanitize.errors import ConfigError
 from sanitize.stages import score_table
-from sanitize.stages.adaptation import MIN_SAMPLES, spread_statistics
+from sanitize.stages.adaptation import MIN_SAMPLES, distinct_statistics
 from sanitize.stages.clean_reference import adapted, fit_clean_reference
 
 SHIFT = np.array([1.5, -1, 0.5, 0, 2, 1], np.float32)
@@ -126,7 +128,9 @@ def test_a_small_scan_is_not_adapted_to(scanned, tmp_path, caplog):
     small = write_shards(tmp_path / "small", [MIN_SAMPLES - 1])
     with caplog.at_level(logging.INFO, "sanitize"):
         scanned(small, policy=ThresholdPolicy(fpr=0.02))
-    assert f"not adapted to the scan: {MIN_SAMPLES - 1} scored samples, {MIN_SAMPLES} are needed" in caplog.text
+    assert (
+        f"not adapted to the scan: {MIN_SAMPLES - 1} different scored images, {MIN_SAMPLES} are needed" in caplog.text
+    )
     assert (decided(tmp_path / "scanned") == as_scored(tmp_path / "scanned")).all()
 
 
@@ -136,9 +140,66 @@ def test_a_scan_of_which_much_stands_out_is_not_adapted_to(scanned, tmp_path, ca
     assert (decided(tmp_path / "scanned") == as_scored(tmp_path / "scanned")).all()
 
 
-@pytest.mark.parametrize("every", [1, 2, 7])
-def test_the_bulk_is_estimated_from_samples_spread_over_all_shards(scanned, shifted, tmp_path, every):
+def statistics_of(folder):
+    return np.concatenate([score_table.statistics(str(path)) for path in sorted((folder / "scores").glob("*"))])
+
+
+def test_the_bulk_is_estimated_from_different_images_of_all_shards(scanned, shifted, tmp_path):
+    shutil.copytree(shifted, tmp_path / "in")
+    shutil.copy(tmp_path / "in" / "part-0000.tar", tmp_path / "in" / "zcopy.tar")
+    scanned(tmp_path / "in", scores_only=True)
+    paths = [str(p) for p in sorted((tmp_path / "scanned" / "scores").glob("*"))]
+    assert (distinct_statistics(paths, b"k") == statistics_of(tmp_path / "scanned")[:600]).all()
+
+
+def test_a_large_scan_is_drawn_from_by_a_key_that_an_attacker_does_not_know(scanned, tmp_path):
     scanned(scores_only=True)
     paths = [str(p) for p in sorted((tmp_path / "scanned" / "scores").glob("*"))]
-    everything = np.concatenate([score_table.statistics(path) for path in paths])
-    assert (spread_statistics(paths, every) == everything[::every]).all()
+    drawn = [distinct_statistics(paths, key, limit=200) for key in (b"one", b"one", b"two")]
+    assert all(len(rows) == pytest.approx(200, abs=60) for rows in drawn)
+    assert np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
+
+
+def test_copies_of_one_image_are_not_taken_for_the_bulk(scanned, shifted, tmp_path, caplog):
+    """320 copies of an ordinary image among 300 others; the covariance of the copies alone cannot be inverted."""
+    others = image_members({f"o{i:04d}": i for i in range(300)})
+    copies = image_members({f"c{i:04d}": 7 for i in range(320)})
+    write_tar(tmp_path / "in" / "s.tar", others + copies)
+    scanned(tmp_path / "in", policy=ThresholdPolicy(fpr=0.02))
+    assert "not adapted to the scan: 300 different scored images, 500 are needed" in caplog.text
+
+
+def test_a_bulk_of_one_image_still_gives_a_reference_that_can_be_inverted():
+    known = fit_clean_reference(gaussian(1500, 0), torch.zeros(1, 1), seed=0)
+    same = np.concatenate([np.repeat(gaussian(1, 4), 700, axis=0), gaussian(100, 5)])
+    moved = adapted(known, same)
+    assert torch.isfinite(moved.precision).all()
+    assert float(torch.linalg.eigvalsh(moved.precision).max()) < 25 * float(
+        torch.linalg.eigvalsh(known.precision).max()
+    )
+
+
+def test_adapting_that_would_flag_far_more_is_refused(scanned, tmp_path, caplog):
+    """Half of the scan are near-duplicates of one image: its bulk is narrower than clean images are."""
+    members = image_members({f"o{i:04d}": i for i in range(500)})
+    base = random_image(7).astype(int)
+    for number in range(600):
+        pixels = base + np.random.default_rng(number).integers(-1, 2, base.shape)
+        members.append((f"d{number:04d}.png", encoded(pixels.clip(0, 255).astype(np.uint8))))
+    write_tar(tmp_path / "in" / "s.tar", members)
+    scanned(tmp_path / "in", policy=ThresholdPolicy(fpr=0.02))
+    assert "Its bulk is more alike than clean images are; look for near-duplicates" in caplog.text
+    assert (decided(tmp_path / "scanned") == as_scored(tmp_path / "scanned")).all()
+
+
+@pytest.mark.parametrize("rates", [(0.02, 0.05, 0.1, 0.18, 0.2, 0.3)])
+def test_a_laxer_threshold_never_brings_a_sample_back(scanned, tmp_path, rates):
+    scanned(policy=ThresholdPolicy(fpr=rates[0]))
+    kept = []
+    for rate in rates:
+        clean(str(tmp_path / "scanned"), ThresholdPolicy(fpr=rate), force=True)
+        kept.append(
+            pq.read_table(tmp_path / "scanned" / "decisions.parquet").column("keep").to_numpy(zero_copy_only=False)
+        )
+    assert all((stricter >= laxer).all() for stricter, laxer in itertools.pairwise(kept))

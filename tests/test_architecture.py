@@ -13,7 +13,9 @@ from pipelines.benchmark_config import BenchmarkConfig
 from pipelines.clean_then_finetune import PipelineConfig
 from pipelines.red_team import load_config
 from pipelines.training_study import StudyConfig
+from sanitize import config
 from sanitize.config_loading import from_mapping, load_yaml
+from sanitize.stages import scoring
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(path for folder in ("sanitize", "pipelines") for path in (ROOT / folder).rglob("*.py"))
@@ -115,3 +117,7 @@ def test_every_config_loads(path):
             assert load_config(str(path), preset).attack == values["attack"]
     else:
         assert from_mapping(BenchmarkConfig, values, path.name).victims
+
+
+def test_the_settings_name_the_scorers_that_there_are():
+    assert set(config.SCORERS) == set(scoring.SCORERS)

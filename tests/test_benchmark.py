@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import yaml
-from builders import tiny_victim, write_tar
+from builders import shape_members, tiny_victim, write_tar
 from click.testing import CliRunner
-from test_red_team import shape_members
 
 from pipelines import benchmark, benchmark_page, benchmark_scores
 from pipelines.benchmark import PoolScores, pool
@@ -63,7 +62,6 @@ def study(tmp_path):
     return from_mapping(BenchmarkConfig, values, "test")
 
 
-PAGE = ("balanced id", "balanced poisoned", "rates", "false positives", "classes", "clean scans")
 DETECTORS = ("reaction", "plain", "norm")
 
 
@@ -78,8 +76,6 @@ def test_every_detector_gets_a_row_for_every_auxiliary_set_and_rate_and_the_page
         0 <= row[name] <= 1 for row in rows for name in ("auroc", "auprc", "tpr_at_1pct", "control_auroc", "asr")
     )
     assert len(Path(study.table).read_text().splitlines()) == len(rows) + 1
-    markers = "".join(f"<!-- {n}: begin -->\n<!-- {n}: end -->\n" for n in PAGE)
-    (tmp_path / "page.md").write_text(markers)
     classes = benchmark.by_class(study)
     assert [(r["true_class"], r["is_target"]) for r in classes if r["aux"] == "id"] == [
         (c, int(c == 4)) for c in range(6)
@@ -89,11 +85,7 @@ def test_every_detector_gets_a_row_for_every_auxiliary_set_and_rate_and_the_page
         (a, e, p) for a in ("id", "poisoned") for e in ("backdoored", "clean") for p in ("calibrated", "fdr")
     }
     assert all(r["images"] == 60 and 0 <= r["low"] <= r["removed"] <= r["high"] <= 1 for r in clean)
-    benchmark_page.write_tables(str(tmp_path / "page.md"), rows, classes, clean, study.default)
-    text = (tmp_path / "page.md").read_text()
-    assert text.count("| tiny | backdoored |") == 2
-    assert text.count("| reaction |") == 4  # two auxiliary sets, and the false positives of both
-    assert "| id | tiny | 0.01 |" in text
+    assert benchmark_page.summary(rows, "id").count("| reaction |") == 1
     benchmark.write_plots(study, tmp_path / "plots", rows)
     assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == [
         "table_cost.png",

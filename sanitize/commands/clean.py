@@ -70,7 +70,7 @@ def clean(
     detector = _detector(out, run, policy)
     calibration = detector.calibration(run.effort) if detector else np.empty(0, np.float32)
     reference = detector.adaptable_reference(run.effort) if detector and policy.adapt else None
-    adapter = score_adapter([folder.scores(shard.stem) for shard in scored], reference, calibration, policy)
+    adapter = score_adapter([folder.scores(shard.stem) for shard in scored], reference, calibration)
     scores = np.concatenate([np.empty(0, np.float32), *(adapter.scores(folder.scores(s.stem)) for s in scored)])
     threshold = thresholds.threshold_for(scores, calibration, policy)
     _warn_of_small_calibration(policy, threshold, len(calibration))

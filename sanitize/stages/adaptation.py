@@ -4,6 +4,7 @@ A detector knows clean images from its auxiliary set. A scan of other images has
 cross the threshold than promised. The columns of pass 1 are enough to move centre and covariance to the scan's own bulk.
 """
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,16 +14,15 @@ import torch
 from numpy.typing import NDArray
 
 from sanitize import storage
-from sanitize.config import ThresholdPolicy
 from sanitize.stages import score_table
 from sanitize.stages.clean_reference import CleanReference, adapted
-from sanitize.stages.thresholds import threshold_for
 
 log = logging.getLogger(__name__)
 Floats = NDArray[np.float32]
-MIN_SAMPLES = 500  # fewer give no covariance to rely on
-MAX_ROWS = 100_000  # that the bulk is estimated from, evenly spread over the scan
-MAX_FLAGGED = 0.2  # of the scan above the unadapted threshold: more, and its bulk proves nothing
+MIN_SAMPLES = 500  # different images; fewer give no covariance to rely on
+MAX_ROWS = 100_000  # that the bulk is estimated from, drawn from the scan
+MAX_FLAGGED = 0.2  # of the scan above what 1 % of clean images exceed: more, and its bulk proves nothing
+FEW_FLAGGED = 0.05  # of the scan, that adapting may flag whatever was flagged before
 
 
 @dataclass(frozen=True)
@@ -46,26 +46,39 @@ class ScoreAdapter:
         return f"adapted {storage.json_sha256(tensors)[:12]}"
 
 
-def score_adapter(
-    paths: Sequence[str], reference: CleanReference | None, calibration: Floats, policy: ThresholdPolicy
-) -> ScoreAdapter:
-    """Adapted when there is a reference to adapt (every image was perturbed) and the scan's bulk can be trusted."""
+def score_adapter(paths: Sequence[str], reference: CleanReference | None, calibration: Floats) -> ScoreAdapter:
+    """Adapted when there is a reference to adapt (every image was perturbed) and the scan's bulk can be trusted.
+
+    Whether it is trusted depends on the scan alone, not on the threshold asked for: else a laxer threshold could bring samples back
+    that a stricter one kept.
+    """
     if reference is None:
         return ScoreAdapter()
-    scores = np.concatenate([ScoreAdapter().scores(path) for path in paths] or [np.empty(0, np.float32)])
-    finite = np.isfinite(scores)
-    if reason := reason_not_to_adapt(scores[finite], calibration, policy):
+    rows = distinct_statistics(paths, key=reference.centre.numpy().tobytes())
+    before = reference.distance(torch.from_numpy(rows)).numpy()
+    if reason := reason_not_to_adapt(before, calibration):
         log.warning("not adapted to the scan: %s", reason)
         return ScoreAdapter()
-    every = -(-int(finite.sum()) // MAX_ROWS)
-    return ScoreAdapter(adapted(reference, spread_statistics(paths, every)))
+    moved = adapted(reference, rows)
+    after = moved.distance(torch.from_numpy(rows)).numpy()
+    shares = [flagged_share(scores, calibration) for scores in (before, after)]
+    if shares[1] > max(2 * shares[0], FEW_FLAGGED):
+        log.warning(
+            "not adapted to the scan: %.1f %% of it would stand out instead of %.1f %%. Its bulk is more alike than clean images "
+            "are; look for near-duplicates",
+            100 * shares[1],
+            100 * shares[0],
+        )
+        return ScoreAdapter()
+    log.info("adapted to the scan: %.2f %% of it stand out, %.2f %% before", 100 * shares[1], 100 * shares[0])
+    return ScoreAdapter(moved)
 
 
-def reason_not_to_adapt(scores: Floats, calibration: Floats, policy: ThresholdPolicy) -> str:
+def reason_not_to_adapt(scores: Floats, calibration: Floats) -> str:
     """Why the bulk of a scan with these finite scores (N,) says nothing about clean images; "" when it can be trusted."""
     if len(scores) < MIN_SAMPLES:
-        return f"{len(scores)} scored samples, {MIN_SAMPLES} are needed"
-    flagged = float((scores > threshold_for(scores, calibration, policy)).mean())
+        return f"{len(scores)} different scored images, {MIN_SAMPLES} are needed"
+    flagged = flagged_share(scores, calibration)
     if flagged > MAX_FLAGGED:
         return (
             f"{flagged:.0%} of it stands out, so its bulk may not be clean. Look at `sanitize audit`; if those are clean, fit with "
@@ -74,12 +87,31 @@ def reason_not_to_adapt(scores: Floats, calibration: Floats, policy: ThresholdPo
     return ""
 
 
-def spread_statistics(paths: Sequence[str], every: int) -> Floats:
-    """Embedding statistics of every so many scored samples, (N, V + 2), one file in memory at a time."""
-    parts, seen = [], 0
+def flagged_share(scores: Floats, calibration: Floats) -> float:
+    """Of finite scores (N,), above what all but 1 % of clean images reach."""
+    return float((scores > np.quantile(calibration, 0.99, method="higher")).mean())
+
+
+def distinct_statistics(paths: Sequence[str], key: bytes, limit: int = MAX_ROWS) -> Floats:
+    """(N, V + 2) of the scored samples, each image once (by its SHA-256: copies of one image are no bulk), about `limit` of them.
+
+    key: of the draw; an attacker who knew which images are drawn could make its own the bulk
+    """
+    share = limit / max(sum(score_table.count_rows(path) for path in paths), 1)
+    parts, seen = [np.empty((0, len(score_table.STATISTICS_COLUMNS)), np.float32)], set[bytes]()
     for path in paths:
-        statistics = score_table.statistics(path)
-        statistics = statistics[np.isfinite(statistics).all(axis=1)]
-        parts.append(statistics[-seen % every :: every])
-        seen += len(statistics)
+        table = score_table.read(path, [*score_table.STATISTICS_COLUMNS, "sha256"])
+        statistics = score_table.statistics_of(table)
+        rows = []
+        for row in np.flatnonzero(np.isfinite(statistics).all(axis=1)).tolist():
+            digest = bytes.fromhex(table.column("sha256")[row].as_py())
+            if digest not in seen and (share >= 1 or _drawn(digest, key) < share):
+                seen.add(digest)
+                rows.append(row)
+        parts.append(statistics[rows])
     return np.concatenate(parts)
+
+
+def _drawn(digest: bytes, key: bytes) -> float:
+    """In [0, 1), uniform."""
+    return int.from_bytes(hashlib.blake2b(digest, key=key[:64], digest_size=8).digest()) / 2**64

@@ -16,6 +16,7 @@ from torch.nn import functional
 from sanitize.stages.perturbations import FLOOR
 
 NEIGHBOURS = 16
+SMALLEST_VARIANCE = 0.05  # of the detector's own, that a reference adapted to a scan keeps in every direction
 
 
 def neighbour_distance(embeddings: Tensor, clean_embeddings: Tensor) -> Tensor:
@@ -77,21 +78,36 @@ def adapted(reference: CleanReference, statistics: NDArray[np.float32], steps: i
     the statistics have heavier tails than a Gaussian, and a covariance without its tail flags too many clean images.
     """
     rows, half = statistics.astype(np.float64), len(statistics) // 2
-    known = reference.clean_embeddings
+    own = np.linalg.inv(reference.precision.double().numpy())
+
+    def moved_to(bulk: NDArray[np.float64], correction: float = 1.0) -> CleanReference:
+        covariance = _floored(np.cov(bulk.T) * correction, own)
+        return _reference(bulk.mean(axis=0), covariance, reference.clean_embeddings)
+
     now, kept = reference, np.empty(0, np.int64)
     for _ in range(steps):
         nearest = np.sort(np.argpartition(_distances(now, rows), half)[:half])
         if np.array_equal(nearest, kept):
             break
         kept = nearest
-        now = _reference(rows[kept].mean(axis=0), np.cov(rows[kept].T), known)
+        now = moved_to(rows[kept])
     size = statistics.shape[1]
-    correction = np.median(_distances(now, rows) ** 2) / chi2.ppf(0.5, size)
-    now = _reference(rows[kept].mean(axis=0), np.cov(rows[kept].T) * correction, known)
+    now = moved_to(rows[kept], float(np.median(_distances(now, rows) ** 2) / chi2.ppf(0.5, size)))
     for share in (0.975, 0.999):
-        inside = rows[_distances(now, rows) ** 2 < chi2.ppf(share, size)]
-        now = _reference(inside.mean(axis=0), np.cov(inside.T), known)
+        now = moved_to(rows[_distances(now, rows) ** 2 < chi2.ppf(share, size)])
     return now
+
+
+def _floored(covariance: NDArray[np.float64], own: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`covariance` with at least SMALLEST_VARIANCE of the detector's own in every direction: a bulk of images that are almost one
+    image varies in nothing, and everything else would stand out from it."""
+    root = np.linalg.cholesky(own)
+    inverse = np.linalg.inv(root)
+    values, vectors = np.linalg.eigh(inverse @ covariance @ inverse.T)
+    if values.min() >= SMALLEST_VARIANCE:
+        return covariance
+    raised: NDArray[np.float64] = root @ (vectors * np.maximum(values, SMALLEST_VARIANCE)) @ vectors.T @ root.T
+    return (raised + raised.T) / 2
 
 
 def _distances(reference: CleanReference, rows: NDArray[np.float64]) -> NDArray[np.float64]:

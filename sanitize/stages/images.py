@@ -7,7 +7,7 @@ colour profiles and EXIF orientation are ignored.
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -20,20 +20,26 @@ from sanitize.records import DecodedImage, Sample
 DECODE_PATH = "pillow-rgb8/1"
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 MAX_PIXELS = 1 << 26  # 64 megapixels, 200 MB as RGB
+MAX_SCANS = 100  # of a progressive JPEG; cameras and encoders write about ten, and each costs a pass over all pixels
+FLOAT_PIXELS = 1 << 24  # that are float32 at one time, but for a single image that has more
 
 
-def decode_sample(sample: Sample, max_pixels: int = MAX_PIXELS) -> DecodedImage:
-    """The sample's image, or the reason why there is none."""
+def decode_sample(
+    sample: Sample, max_pixels: int = MAX_PIXELS, before_decoding: Callable[[int], None] | None = None
+) -> DecodedImage:
+    """The sample's image, or the reason why there is none. before_decoding: called with the number of pixels to come."""
     if sample.status != "ok" or sample.image is None:
         return DecodedImage(sample.index, sample.key, "", None, 0, 0, sample.status, sample.reason)
     digest = hashlib.sha256(sample.image).hexdigest()
-    pixels, width, height, reason = decode_image(sample.image, max_pixels)
+    pixels, width, height, reason = decode_image(sample.image, max_pixels, before_decoding)
     status = "ok" if pixels is not None else "undecodable"
     caption = (sample.caption, sample.caption_reason)
     return DecodedImage(sample.index, sample.key, digest, pixels, width, height, status, reason, *caption)
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Tensor | None, int, int, str]:
+def decode_image(
+    data: bytes, max_pixels: int = MAX_PIXELS, before_decoding: Callable[[int], None] | None = None
+) -> tuple[Tensor | None, int, int, str]:
     """(pixels, width, height, reason): (3, H, W) uint8 and "", or None and why. The size is checked before decoding."""
     if not data:
         return None, 0, 0, "the image file is empty"
@@ -43,6 +49,10 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Tensor | No
             width, height = image.size
             if width * height > max_pixels:
                 return None, width, height, f"{width} x {height} pixels, the limit is {max_pixels}"
+            if image.format == "JPEG" and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+                return None, width, height, f"a JPEG of {scans} scans, the limit is {MAX_SCANS}"
+            if before_decoding:
+                before_decoding(width * height)
             rgb = _to_rgb(image)
     except Exception as error:  # Pillow raises a dozen kinds on hostile bytes; all mean the same here
         return None, width, height, f"{type(error).__name__}: {error}"[:200]
@@ -67,12 +77,15 @@ def to_batch(pixels: Sequence[Tensor], size: int, resize: str, device: torch.dev
     by_shape: dict[torch.Size, list[int]] = {}
     for position, image in enumerate(pixels):
         by_shape.setdefault(image.shape, []).append(position)
-    for positions in by_shape.values():
-        group = torch.stack([pixels[position] for position in positions])
-        if device.type == "cuda":
-            group = group.pin_memory()
-        images = group.to(device, non_blocking=True).float().div_(255)
-        batch[positions] = shrink(images, size, resize)
+    for shape, same in by_shape.items():
+        at_once = max(FLOAT_PIXELS // max(shape[-2] * shape[-1], 1), 1)
+        for begin in range(0, len(same), at_once):
+            positions = same[begin : begin + at_once]
+            group = torch.stack([pixels[position] for position in positions])
+            if device.type == "cuda":
+                group = group.pin_memory()
+            images = group.to(device, non_blocking=True).float().div_(255)
+            batch[positions] = shrink(images, size, resize)
     return batch
 
 

@@ -1,7 +1,6 @@
 """Samples → batches of decoded images, read and decoded ahead by threads while the model works."""
 
 import contextlib
-import itertools
 import queue
 import threading
 from collections.abc import Generator, Iterable, Iterator
@@ -11,28 +10,43 @@ from sanitize.records import DecodedImage, Sample
 from sanitize.stages.images import decode_sample
 
 AHEAD = 3  # batches in memory: one in the model, two on the way
+PIXELS = 1 << 27  # decoded ahead, and as many in a batch: 400 MB as RGB; one image alone may have more
 
 
 def image_batches(samples: Iterable[Sample], batch_size: int, threads: int) -> Iterator[list[DecodedImage]]:
-    """Images in sample order, `batch_size` at a time (the last may be smaller). Reading happens in a thread of its own.
+    """Images in sample order, `batch_size` at a time; fewer in the last batch, and where they are so large that a batch
+    reaches PIXELS. Reading happens in a thread of its own.
 
-    Errors of the reader surface here. Memory: at most AHEAD batches of undecoded or decoded images.
+    Errors of the reader surface here. Memory: AHEAD batches of undecoded images, PIXELS decoded ones and one batch.
     """
+    batch: list[DecodedImage] = []
+    size = 0
     with contextlib.closing(decode_ahead(samples, AHEAD * batch_size, threads)) as decoded:
-        while batch := list(itertools.islice(decoded, batch_size)):
-            yield batch
+        for image in decoded:
+            batch.append(image)
+            size += _pixels(image)
+            if len(batch) == batch_size or size >= PIXELS:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _pixels(image: DecodedImage) -> int:
+    return image.width * image.height if image.pixels is not None else 0
 
 
 def decode_ahead(samples: Iterable[Sample], ahead: int, threads: int) -> Generator[DecodedImage, None, None]:
-    """Images in sample order, up to `ahead` of them read and decoded before they are asked for."""
+    """Images in sample order, up to `ahead` of them read, and up to PIXELS of them decoded, before they are asked for."""
     ready: queue.Queue[Future[DecodedImage] | BaseException | None] = queue.Queue(maxsize=ahead)
     stop = threading.Event()
+    budget = _PixelBudget(PIXELS)
 
     def read(pool: ThreadPoolExecutor) -> None:
         last: BaseException | None = None
         try:
-            for sample in samples:
-                _put(ready, pool.submit(decode_sample, sample), stop)
+            for turn, sample in enumerate(samples):
+                _put(ready, pool.submit(_decode, sample, turn, budget), stop)
                 if stop.is_set():
                     return
         except BaseException as error:  # handed to the consumer, which raises it
@@ -46,10 +60,61 @@ def decode_ahead(samples: Iterable[Sample], ahead: int, threads: int) -> Generat
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                yield item.result()
+                image = item.result()
+                budget.give_back(_pixels(image))
+                yield image
         finally:
             stop.set()
+            budget.close()
             reader.join()
+
+
+class _PixelBudget:
+    """Pixels that are decoded and not yet asked for. Taken in sample order: a later image must not hold what an earlier one,
+    which is asked for first, waits for."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = self._turn = 0
+        self._open = True
+        self._changed = threading.Condition()
+
+    def take(self, turn: int, pixels: int) -> None:
+        """Wait until it is this sample's turn and there is room, or nothing at all is held."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._open or (turn == self._turn and self._has_room(pixels)))
+            self._turn = turn + 1
+            self._held += pixels
+            self._changed.notify_all()
+
+    def _has_room(self, pixels: int) -> bool:
+        return not self._held or self._held + pixels <= self._limit
+
+    def give_back(self, pixels: int) -> None:
+        with self._changed:
+            self._held -= pixels
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nobody waits any longer."""
+        with self._changed:
+            self._open = False
+            self._changed.notify_all()
+
+
+def _decode(sample: Sample, turn: int, budget: _PixelBudget) -> DecodedImage:
+    taken: list[int] = []
+
+    def take(pixels: int) -> None:
+        budget.take(turn, pixels)
+        taken.append(pixels)
+
+    image = decode_sample(sample, before_decoding=take)
+    if not taken:
+        budget.take(turn, 0)
+    elif (held := _pixels(image)) != taken[0]:  # it failed while it was decoded
+        budget.give_back(taken[0] - held)
+    return image
 
 
 def _put(

@@ -43,6 +43,7 @@ SCHEMA = pa.schema(
         *((name, pa.float32()) for name in STATISTICS),
     ]
 )
+STATISTICS_COLUMNS = [*CHANGE_COLUMNS, "embedding_norm", "neighbour_distance"]
 ROW_GROUP = 16_384  # rows held in memory before they are written
 
 
@@ -122,9 +123,18 @@ def read(path: str, columns: Sequence[str]) -> pa.Table:
             raise StorageError(f"{path}: not a readable score table ({error}). Delete it and scan again.") from None
 
 
+def count_rows(path: str) -> int:
+    """Of one score file, by its footer."""
+    with storage.open_read(path) as file:
+        return int(pq.read_metadata(file).num_rows)
+
+
 def statistics(path: str) -> Floats:
     """(N, V + 2) embedding statistics of the samples of one score file; NaN where an image was not perturbed."""
-    table = read(path, [*CHANGE_COLUMNS, "embedding_norm", "neighbour_distance"])
+    return statistics_of(read(path, STATISTICS_COLUMNS))
+
+
+def statistics_of(table: pa.Table) -> Floats:
     changes = torch.from_numpy(np.stack([numbers(table, name) for name in CHANGE_COLUMNS], axis=1))
     norms, distances = (torch.from_numpy(numbers(table, name)) for name in ("embedding_norm", "neighbour_distance"))
     return embedding_statistics(changes, norms, distances).numpy()
