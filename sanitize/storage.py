@@ -219,6 +219,21 @@ def write_bytes(path: str, data: bytes) -> None:
         file.write(data)
 
 
+def put_if_absent(path: str, data: bytes) -> bool:
+    """Write a remote file unless there is one; whether it was written. One request where the file system has it (S3, GCS)."""
+    fs, inner = filesystem(path)
+    with explain_write_errors(path):
+        try:
+            fs.pipe_file(inner, data, mode="create")
+        except FileExistsError:
+            return False
+        except (TypeError, NotImplementedError):  # an older client: two requests, between which another may come
+            if fs.exists(inner):
+                return False
+            fs.pipe_file(inner, data)
+    return True
+
+
 def write_json(path: str, value: dict[str, Any]) -> None:
     write_bytes(path, (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
 

@@ -85,7 +85,7 @@ def test_promise_2_a_failed_write_leaves_no_finished_name(shards, scan_config, t
 
     def full_disk(descriptor):
         calls.append(descriptor)
-        if len(calls) == 7:  # a file and its folder are flushed, one after the other
+        if len(calls) == 9:  # each file and its folder are flushed: lock, run.json, the first shard with its marker
             raise OSError(28, "No space left on device")
         real(descriptor)
 

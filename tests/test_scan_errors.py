@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,13 @@ def small_memory_scorer(encoder_spec):
     torch.manual_seed(0)
     decoder = Decoder(DecoderConfig(8, 4, 16, 2, 1, 1), 3).eval()
     references = References(torch.zeros(3, 8, 8), torch.ones(3, 8, 8))
-    options = {"name": "lowres", "mask_ratio": 1.0, "seed": 0, "precision": "fp32", "device": torch.device("cpu")}
+    options: dict[str, Any] = {
+        "name": "lowres",
+        "mask_ratio": 1.0,
+        "seed": 0,
+        "precision": "fp32",
+        "device": torch.device("cpu"),
+    }
     return Scorer(Encoder(SmallMemory(), encoder_spec), decoder, references, **options)
 
 
@@ -128,7 +135,7 @@ def test_a_read_only_place_says_so(shards, scan_config, monkeypatch):
 
     monkeypatch.setattr(Path, "mkdir", denied)
     with pytest.raises(
-        StorageError, match=r"run\.json: no permission to write\. Choose another --out, then run the same command"
+        StorageError, match=r"scanned.*: no permission to write\. Choose another --out, then run the same command"
     ):
         scan(scan_config(shards))
 

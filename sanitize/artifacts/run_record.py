@@ -13,8 +13,8 @@ from sanitize.errors import RefusedError
 def refuse_other_run(folder: str, name: str, identity: dict[str, Any], what: str) -> bool:
     """Whether `folder`/`name` remembers this very run already. Raises RefusedError when it remembers another one.
 
-    identity: what makes the run this run (plain values); keys that only the file has do not matter, so an older file stays
-    valid when a setting leaves the identity. what: the folder's content in words, with an article.
+    identity: what makes the run this run (plain values); keys that only one of the two has do not matter, so the file of an older
+    version stays valid when a setting leaves or joins the identity. what: the folder's content in words, with an article.
     """
     storage.remove_partials(folder)
     path = storage.join(folder, name)
@@ -22,7 +22,7 @@ def refuse_other_run(folder: str, name: str, identity: dict[str, Any], what: str
         return False
     before = storage.read_json(path)
     now = json.loads(json.dumps(identity))
-    if changed := sorted(key for key in now if now[key] != before.get(key)):
+    if changed := sorted(key for key in now if key in before and now[key] != before[key]):
         raise RefusedError(
             f"{folder}: holds {what} that differs in {', '.join(changed)}. Give another --out, or delete the folder to start again."
         )

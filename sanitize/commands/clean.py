@@ -22,6 +22,7 @@ from sanitize import runtime, storage
 from sanitize.artifacts import decisions
 from sanitize.artifacts.decisions import Decisions
 from sanitize.artifacts.detector_folder import Detector, load_detector
+from sanitize.artifacts.folder_lock import folder_lock
 from sanitize.artifacts.scan_folder import (
     CLEAN,
     QUARANTINE,
@@ -63,6 +64,15 @@ def clean(
     out: str, policy: ThresholdPolicy, *, force: bool = False, resources: Resources | None = None, address: str = ""
 ) -> CleanResult:
     """Decide on the whole scan, write decisions.parquet and summary.json, split every shard (in this process by default)."""
+    ScanFolder(out).run()  # is there a scan?
+    with folder_lock(out, "clean"):
+        return decide_and_split(out, policy, force=force, resources=resources, address=address)
+
+
+def decide_and_split(
+    out: str, policy: ThresholdPolicy, *, force: bool, resources: Resources | None, address: str
+) -> CleanResult:
+    """`clean` for a caller that holds the folder's lock."""
     folder = ScanFolder(out)
     run = folder.run()
     storage.remove_partials(out)

@@ -5,7 +5,6 @@ index the samples → embed them once (linear, mlp) or stream them (full, contra
 
 import dataclasses
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 from sanitize import runtime, storage
 from sanitize.artifacts import run_record
 from sanitize.artifacts.encoder_folder import save_clip, save_encoder
+from sanitize.artifacts.folder_lock import folder_lock
 from sanitize.artifacts.head_folder import TrainedHead, load_head, save_head
 from sanitize.config import EncoderSpec, FinetuneConfig, check
 from sanitize.config_loading import from_mapping, to_mapping, with_absolute_paths
@@ -22,7 +22,7 @@ from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 from sanitize.runtime import Resources
 from sanitize.stages.encoders import load_encoder, require_trainable
-from sanitize.stages.shards import head_tail_sha256, list_shards
+from sanitize.stages.shards import head_tails, list_shards
 from sanitize.stages.text import load_text_encoder
 from sanitize.training.clip import Clip, class_embeddings, load_clip
 from sanitize.training.data import IndexedSource, Source, embed_sources, index_sources
@@ -83,24 +83,27 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         require_trainable(encoder)
     if config.mode == "contrastive":
         load_text_encoder(config.encoder)  # fail here, not in a worker
-    run = _identity(config, fingerprint, sets)
-    _refuse_other_run(config.out, run)
-    if storage.exists(storage.join(config.out, "finetune.json")):
-        log.info("%s holds this training already", config.out)
-        return _result(config)
-    resources = runtime.plan(
-        config.workers, config.cpus_per_worker, config.gpus_per_worker, len(sets["shards"]), config.address
-    )
-    with runtime.session_for(resources, config.address):
-        cache = storage.absolute(storage.join(config.out, "cache", storage.json_sha256(run)[:16]))
-        sources = index_sources(config, _sources(config, sets), cache, resources)
-        classes = _classes(config, sources)
-        storage.write_json(storage.join(config.out, "run.json"), run)  # not before labels and classes are known to fit
-        course = _course(config, fingerprint, sources, len(classes), cache, resources)
-        model, state = _train(config, course, resources)
-        spec = _write_trained(config, model, fingerprint, classes)
-        evaluation = _evaluate(config, spec, classes, sources, course, cache, resources)
-    return _finish(config, sources, classes, state, evaluation)
+    with folder_lock(config.out, "finetune"):
+        run = _identity(config, fingerprint, sets)
+        _refuse_other_run(config.out, run)
+        if storage.exists(storage.join(config.out, "finetune.json")):
+            log.info("%s holds this training already", config.out)
+            return _result(config)
+        resources = runtime.plan(
+            config.workers, config.cpus_per_worker, config.gpus_per_worker, len(sets["shards"]), config.address
+        )
+        with runtime.session_for(resources, config.address):
+            cache = storage.absolute(storage.join(config.out, "cache", storage.json_sha256(run)[:16]))
+            sources = index_sources(config, _sources(config, sets), cache, resources)
+            classes = _classes(config, sources)
+            storage.write_json(
+                storage.join(config.out, "run.json"), run
+            )  # not before labels and classes are known to fit
+            course = _course(config, fingerprint, sources, len(classes), cache, resources)
+            model, state = _train(config, course, resources)
+            spec = _write_trained(config, model, fingerprint, classes)
+            evaluation = _evaluate(config, spec, classes, sources, course, cache, resources)
+        return _finish(config, sources, classes, state, evaluation)
 
 
 def _identity(config: FinetuneConfig, fingerprint: str, sets: dict[str, list[Shard]]) -> dict[str, Any]:
@@ -108,11 +111,7 @@ def _identity(config: FinetuneConfig, fingerprint: str, sets: dict[str, list[Sha
     placement = ("workers", "gpus_per_worker", "cpus_per_worker", "address", "out", "checkpoint_steps")
     settings = {key: value for key, value in to_mapping(config).items() if key not in placement}
     both_towers = storage.file_sha256(config.encoder.weights) if config.mode == "contrastive" else ""
-    with ThreadPoolExecutor(16) as pool:
-        inputs = {
-            name: dict(zip((s.stem for s in shards), pool.map(head_tail_sha256, shards), strict=True))
-            for name, shards in sets.items()
-        }
+    inputs = {name: head_tails(shards) for name, shards in sets.items()}
     return settings | inputs | {"encoder": [fingerprint, both_towers]}
 
 

@@ -5,6 +5,7 @@ embed (once per image, cached by shard) → split off calibration images → tra
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional
 from sanitize import plots, runtime, storage
 from sanitize.artifacts import run_record
 from sanitize.artifacts.detector_folder import DESCRIPTION, Detector, FitSummary, load_detector, save_detector
+from sanitize.artifacts.folder_lock import folder_lock
 from sanitize.config import FitConfig
 from sanitize.config_loading import to_mapping, with_absolute_paths
 from sanitize.errors import ConfigError, SanitizeError
@@ -24,7 +26,7 @@ from sanitize.stages.clean_reference import CleanReference, fit_clean_reference
 from sanitize.stages.decoder import Decoder
 from sanitize.stages.encoders import Encoder, load_encoder
 from sanitize.stages.scoring import Floats, References, Scorer
-from sanitize.stages.shards import list_shards
+from sanitize.stages.shards import head_tails, list_shards
 from sanitize.training.calibration import StatisticsTask, measure_statistics, rows_of
 from sanitize.training.decoder import Auxiliary, TrainingState, train_decoder
 from sanitize.training.embedding_cache import EmbedTask, load_embeddings
@@ -44,34 +46,42 @@ def fit(config: FitConfig) -> Detector:
     shards = list_shards(config.shards)
     encoder = load_encoder(config.encoder)
     fingerprint = encoder.fingerprint()
+    with folder_lock(config.out, "fit"):
+        run_record.claim_folder(config.out, "fit.json", _identity(config, fingerprint, shards), "a fit")
+        if storage.exists(storage.join(config.out, DESCRIPTION)):
+            log.info("%s holds this detector already", config.out)
+            return load_detector(config.out)
+        resources = runtime.plan(
+            config.workers, config.cpus_per_worker, config.gpus_per_worker, len(shards), config.address
+        )
+        with runtime.session_for(resources, config.address):
+            auxiliary, used = _embed(config, shards, resources)
+            held_out_mask = torch.from_numpy(
+                _held_out(auxiliary.hashes, config.training.calibration_fraction, config.seed)
+            )
+            training, held_out = auxiliary.select(~held_out_mask), auxiliary.select(held_out_mask)
+            _require_enough(len(training.hashes), len(held_out.hashes))
+            state = train_decoder(config, training, resources)
+            scorer = _scorer(config, encoder, state.decoder, training)
+            scores, reconstructions = _reconstruction_scores(scorer, held_out)
+            calibrated, reference = Calibration(scores.numpy(), scores.numpy()), None
+            if config.scorer == "reaction":
+                reference, calibrated = _calibrate(config, used, training, held_out, resources)
+        _require_finite(calibrated.scores)
+        detector = _detector(config, fingerprint, state, scorer.references, reference, calibrated, len(training.hashes))
+        image = storage.join(config.out, "reconstructions.png")
+        plots.write_reconstructions(image, held_out.images, reconstructions, scores)
+        saved = save_detector(detector, config.out)
+        for folder in ("cache", "training"):
+            storage.remove_folder(storage.join(config.out, folder))
+        log.info("detector written to %s", config.out)
+        return saved
+
+
+def _identity(config: FitConfig, fingerprint: str, shards: list[Shard]) -> dict[str, Any]:
+    """What makes this fit this fit: settings, encoder and inputs."""
     settings = {name: value for name, value in to_mapping(config).items() if name not in PLACEMENT}
-    run_record.claim_folder(config.out, "fit.json", settings | {"encoder_fingerprint": fingerprint}, "a fit")
-    if storage.exists(storage.join(config.out, DESCRIPTION)):
-        log.info("%s holds this detector already", config.out)
-        return load_detector(config.out)
-    resources = runtime.plan(
-        config.workers, config.cpus_per_worker, config.gpus_per_worker, len(shards), config.address
-    )
-    with runtime.session_for(resources, config.address):
-        auxiliary, used = _embed(config, shards, resources)
-        held_out_mask = torch.from_numpy(_held_out(auxiliary.hashes, config.training.calibration_fraction, config.seed))
-        training, held_out = auxiliary.select(~held_out_mask), auxiliary.select(held_out_mask)
-        _require_enough(len(training.hashes), len(held_out.hashes))
-        state = train_decoder(config, training, resources)
-        scorer = _scorer(config, encoder, state.decoder, training)
-        scores, reconstructions = _reconstruction_scores(scorer, held_out)
-        calibrated, reference = Calibration(scores.numpy(), scores.numpy()), None
-        if config.scorer == "reaction":
-            reference, calibrated = _calibrate(config, used, training, held_out, resources)
-    _require_finite(calibrated.scores)
-    detector = _detector(config, fingerprint, state, scorer.references, reference, calibrated, len(training.hashes))
-    image = storage.join(config.out, "reconstructions.png")
-    plots.write_reconstructions(image, held_out.images, reconstructions, scores)
-    saved = save_detector(detector, config.out)
-    for folder in ("cache", "training"):
-        storage.remove_folder(storage.join(config.out, folder))
-    log.info("detector written to %s", config.out)
-    return saved
+    return settings | {"encoder_fingerprint": fingerprint, "inputs": head_tails(shards)}
 
 
 # ---------------------------------------------------------------- embedding

@@ -4,7 +4,6 @@ Files of one shard are committed by `done/<stem>.json`, written last; a rerun do
 """
 
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,21 +15,22 @@ from sanitize.artifacts.detector_folder import (
     load_matching_encoder,
     make_scorer,
 )
+from sanitize.artifacts.folder_lock import folder_lock
 from sanitize.artifacts.run_record import library_versions
 from sanitize.artifacts.scan_folder import InputShard, Run, ScanFolder, ShardInput, ShardMarker, WrittenFile
-from sanitize.commands.clean import CleanResult, clean
+from sanitize.commands.clean import CleanResult, decide_and_split
 from sanitize.config import EncoderSpec, ScanConfig, check
 from sanitize.config_loading import to_mapping
 from sanitize.errors import ShardError
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
-from sanitize.runtime import ProgressCallback, ShardFunction
+from sanitize.runtime import ProgressCallback, Resources, ShardFunction
 from sanitize.stages.captions import split_member
 from sanitize.stages.prefetch import image_batches
 from sanitize.stages.score_table import Floats, ScoreWriter, rows
 from sanitize.stages.scoring import Scorer
 from sanitize.stages.shard_reader import ShardReader
-from sanitize.stages.shards import head_tail_sha256, list_shards, open_shard, refuse_to_overwrite
+from sanitize.stages.shards import head_tails, list_shards, open_shard, refuse_to_overwrite
 from sanitize.stages.text import load_text_encoder
 from sanitize.stages.thresholds import threshold_for
 
@@ -64,29 +64,13 @@ def scan(config: ScanConfig) -> ScanResult:
     resources = runtime.plan(
         config.workers, config.cpus_per_worker, config.gpus_per_worker, len(shards), config.address
     )
-    folder.claim(_run(config, caption_member, detector, shards))
-    task = ScoreTask(
-        detector=storage.absolute(config.detector),
-        encoder=config.encoder,
-        out=storage.absolute(config.out),
-        batch_size=config.batch_size,
-        precision=config.precision,
-        image_member=config.image_member,
-        caption_member=caption_member,
-        effort=config.effort,
-        flag_p=config.policy.fpr,
-    )
-    todo = [shard for shard in shards if not folder.is_scored(shard.stem)]
-    if len(todo) < len(shards):
-        log.info("%d of %d shards were scored before", len(shards) - len(todo), len(shards))
-    failed, cleaned = [], None
-    with runtime.session_for(resources, config.address):
-        with ProgressDisplay("scan", len(todo), sum(s.size for s in todo)) as display:
-            for outcome in runtime.map_shards(task, todo, resources, display, config.address):
-                failed += [outcome.error] if outcome.error else []
-        markers = folder.markers([shard.stem for shard in shards])
+    with folder_lock(config.out, "scan"), runtime.session_for(resources, config.address):
+        folder.claim(_run(config, caption_member, detector, shards))
+        failed = _score(config, caption_member, folder, shards, resources)
+        markers, cleaned = folder.markers([shard.stem for shard in shards]), None
         if markers and not config.scores_only:
-            cleaned = clean(config.out, config.policy, force=config.force, resources=resources, address=config.address)
+            policy, force, address = config.policy, config.force, config.address
+            cleaned = decide_and_split(config.out, policy, force=force, resources=resources, address=address)
     return ScanResult(
         out=config.out,
         samples=sum(marker.samples for marker in markers),
@@ -112,9 +96,8 @@ def _caption_member(config: ScanConfig, spec: EncoderSpec) -> str:
 
 
 def _run(config: ScanConfig, caption_member: str, detector: Detector, shards: list[Shard]) -> Run:
-    with ThreadPoolExecutor(16) as pool:
-        hashes = list(pool.map(head_tail_sha256, shards))
-    inputs = {s.stem: InputShard(s.url, s.size, h) for s, h in zip(shards, hashes, strict=True)}
+    hashes = head_tails(shards)
+    inputs = {shard.stem: InputShard(shard.url, shard.size, hashes[shard.stem]) for shard in shards}
     return Run(
         detector=storage.absolute(config.detector),
         detector_fingerprint=detector.fingerprint,
@@ -128,7 +111,30 @@ def _run(config: ScanConfig, caption_member: str, detector: Detector, shards: li
     )
 
 
-# ---------------------------------------------------------------- scoring one shard
+# ---------------------------------------------------------------- scoring
+
+
+def _score(
+    config: ScanConfig, caption_member: str, folder: ScanFolder, shards: list[Shard], resources: Resources
+) -> list[str]:
+    """Pass 1 of the shards that have none yet; returns what failed."""
+    task = ScoreTask(
+        detector=storage.absolute(config.detector),
+        encoder=config.encoder,
+        out=storage.absolute(config.out),
+        batch_size=config.batch_size,
+        precision=config.precision,
+        image_member=config.image_member,
+        caption_member=caption_member,
+        effort=config.effort,
+        flag_p=config.policy.fpr,
+    )
+    todo = [shard for shard in shards if not folder.is_scored(shard.stem)]
+    if len(todo) < len(shards):
+        log.info("%d of %d shards were scored before", len(shards) - len(todo), len(shards))
+    with ProgressDisplay("scan", len(todo), sum(s.size for s in todo)) as display:
+        outcomes = runtime.map_shards(task, todo, resources, display, config.address)
+        return [outcome.error for outcome in outcomes if outcome.error]
 
 
 @dataclass(frozen=True)
