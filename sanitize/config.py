@@ -108,6 +108,10 @@ class TrainingConfig:
         check_precision(self.precision)
 
 
+def check_out(out: str) -> None:
+    check(bool(out.strip("/")), f"out: {out!r} is no folder of your own. Name one to write to.")
+
+
 def check_precision(precision: str) -> None:
     check(precision in ("auto", "bf16", "fp32"), f"precision: {precision!r} is not auto, bf16 or fp32.")
 
@@ -136,6 +140,7 @@ class FitConfig:
     address: str = ""
 
     def __post_init__(self) -> None:
+        check_out(self.out)
         check(self.scorer in SCORERS, f"scorer: {self.scorer!r} is not one of {', '.join(SCORERS)}.")
         check(0 < self.test_mask_ratio <= 1, "test_mask_ratio: must be above 0 and at most 1.")
         check(self.limit >= 0 and self.batch_size >= 1, "limit must be >= 0 and batch_size >= 1.")
@@ -199,6 +204,7 @@ class ScanConfig:
     address: str = ""
 
     def __post_init__(self) -> None:
+        check_out(self.out)
         check(self.batch_size >= 1, f"batch_size: {self.batch_size} is not at least 1.")
         perturbed_share(self.effort)
         check_precision(self.precision)
@@ -256,6 +262,7 @@ class FinetuneConfig:
     address: str = ""
 
     def __post_init__(self) -> None:
+        check_out(self.out)
         check(self.mode in MODES, f"mode: {self.mode!r} is not one of {', '.join(MODES)}.")
         check(self.epochs >= 1 and self.accumulate >= 1, "epochs and accumulate must be at least 1.")
         check(

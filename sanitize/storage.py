@@ -26,7 +26,7 @@ def is_local(path: str) -> bool:
 
 
 def join(folder: str, *names: str) -> str:
-    return "/".join([folder.rstrip("/") if len(folder) > 1 else folder, *names])
+    return "/".join([folder.rstrip("/"), *names] if folder else names)
 
 
 def local_path(path: str) -> Path:
@@ -267,5 +267,6 @@ def list_files(folder: str, suffix: str) -> list[str]:
 def remove_partials(folder: str) -> None:
     """Delete what an interrupted run left under temporary names."""
     if is_local(folder):
-        for path in local_path(folder).rglob(f".*{PARTIAL}"):
-            path.unlink(missing_ok=True)
+        with explain_write_errors(folder):
+            for path in local_path(folder).rglob(f".*{PARTIAL}"):
+                path.unlink(missing_ok=True)

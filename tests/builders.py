@@ -1,6 +1,7 @@
 """Tiny real things for tests: images, shards, encoders, detectors. No mocks."""
 
 import io
+import itertools
 import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,21 +12,52 @@ import safetensors.torch
 import torch
 import yaml
 from PIL import Image
+from torch.nn import functional
 
+from sanitize.attacks import tiny_clip
 from sanitize.attacks.triggers import _TO_YUV, _pattern
-from sanitize.config import DecoderConfig, EncoderSpec, FitConfig, TrainingConfig
+from sanitize.config import DecoderConfig, EncoderSpec, FitConfig, ThresholdPolicy, TrainingConfig
+from sanitize.metrics import detection
 from sanitize.stages.encoders import Encoder, build_backbone
 
+HOSTILE = Path(__file__).parent / "hostile"  # images/, tars/, and manifest.json: what each is and what it may give
 SIZE = 16
 SPEC = EncoderSpec(
     "resnet18-cifar", image_size=SIZE, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), width=8, stem_stride=2
 )
 
 
+POINTS = torch.tensor([[0, 0], [1, 0], [0, 1.5], [2, 2], [3.5, 0.5], [7, 5]], dtype=torch.float64)  # p0 .. p5
+CLASSES = 3  # of the images of `labelled`
+REMOVE_SOME = ThresholdPolicy("fraction", fraction=0.3)
+KEEP_ALL = ThresholdPolicy("absolute", threshold=1e9)
+
+
+# ---------------------------------------------------------------- images and shards
+
+
 def random_image(seed: int, size: int = SIZE) -> np.ndarray:
     """(size, size, 3) uint8: a smooth random image, unlike any other seed's."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def random_images(count: int, first: int = 0, size: int = SIZE) -> torch.Tensor:
+    """(count, 3, size, size) uint8, seeds from `first` on."""
+    return torch.stack([torch.from_numpy(random_image(first + i, size).copy()).permute(2, 0, 1) for i in range(count)])
+
+
+def with_white_corner(images: torch.Tensor) -> torch.Tensor:
+    stamped = images.clone()
+    stamped[:, :, -4:, -4:] = 255
+    return stamped
+
+
+def tinted_image(label: int, seed: int) -> np.ndarray:
+    """A random image tinted by its class: easy to learn."""
+    pixels = random_image(seed).astype(int) // 2
+    pixels[..., label] += 120
+    return pixels.clip(0, 255).astype(np.uint8)
 
 
 def encoded(pixels: np.ndarray, kind: str = "PNG", **options: object) -> bytes:
@@ -64,6 +96,42 @@ def write_shards(folder: Path, counts: Iterable[int], first_seed: int = 0) -> Pa
     return folder
 
 
+def labelled(folder: Path, counts: Iterable[int], first_seed: int = 0, broken: int = 0) -> Path:
+    """Shards of tinted images with their class; the first `broken` images cannot be decoded."""
+    seed = first_seed
+    for number, count in enumerate(counts):
+        members = []
+        for _ in range(count):
+            label = seed % CLASSES
+            data = b"broken" if seed - first_seed < broken else encoded(tinted_image(label, seed))
+            members += [(f"s{seed:05d}.cls", str(label).encode()), (f"s{seed:05d}.png", data)]
+            seed += 1
+        write_tar(folder / f"part-{number:03d}.tar", members)
+    return folder
+
+
+def shape_members(count: int, seed: int) -> list[tuple[str, bytes]]:
+    """Coloured shapes with the colour as class and a caption."""
+    pairs = tiny_clip.coloured_shapes(count, seed)
+    members = []
+    for number in range(count):
+        image = encoded(pairs.images[number].permute(1, 2, 0).numpy())
+        members += [(f"s{number:04d}.png", image), (f"s{number:04d}.cls", str(int(pairs.labels[number])).encode())]
+        members += [(f"s{number:04d}.txt", pairs.captions[number].encode())]
+    return members
+
+
+def captioned(folder: Path, counts: Iterable[int], seed: int = 0) -> Path:
+    """Shards of coloured shapes with class and caption."""
+    members = iter(shape_members(sum(counts), seed))
+    for number, count in enumerate(counts):
+        write_tar(folder / f"part-{number:03d}.tar", list(itertools.islice(members, 3 * count)))
+    return folder
+
+
+# ---------------------------------------------------------------- encoders
+
+
 def write_encoder(folder: Path, seed: int = 0, **changes: object) -> Path:
     """encoder.yaml and encoder.safetensors of a tiny random ResNet; random features are enough to decode colours."""
     torch.manual_seed(seed)
@@ -80,7 +148,7 @@ def write_encoder(folder: Path, seed: int = 0, **changes: object) -> Path:
 
 
 class PlantedEncoder(Encoder):
-    """SYNTHETIC backdoor: g(x) + a clip(<(U + V) / 2, P> / |P|^2, 0, 1) mu, for CTRL's trigger P (CTRL card section 8a).
+    """SYNTHETIC backdoor: g(x) + a clip(<(U + V) / 2, P> / |P|^2, 0, 1) mu, for CTRL's trigger P (ours).
 
     Attack success is known by construction, so that tests need no training. Never a substitute for a measured victim.
     """
@@ -97,6 +165,21 @@ class PlantedEncoder(Encoder):
         return super().forward(images) + self.strength * share.clamp(0, 1)[:, None] * self.target
 
 
+class ColourEncoder(Encoder):
+    """SYNTHETIC, no weights: mean colours of the 4 x 4 blocks; a white corner of 4 pixels adds a large constant."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.nn.Identity(), SPEC)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        fired = (images[:, :, -4:, -4:].amin(dim=(1, 2, 3)) == 1).float()
+        colours = functional.avg_pool2d(images - 0.5, 4).flatten(1)
+        return torch.cat([colours, 10 * fired[:, None]], dim=1)
+
+
+# ---------------------------------------------------------------- settings
+
+
 def fit_config(shards: Path, encoder: EncoderSpec, out: Path, **changes: object) -> FitConfig:
     values: dict = {
         "shards": (str(shards),),
@@ -107,6 +190,25 @@ def fit_config(shards: Path, encoder: EncoderSpec, out: Path, **changes: object)
         "workers": 0,
     }
     return FitConfig(**(values | changes))
+
+
+def tiny_victim(folder: Path | str = ".") -> dict:
+    """Values of a red-team YAML: BadEncoder on the shards <folder>/train and <folder>/test of coloured shapes."""
+    return {
+        "attack": "badencoder",
+        "target": 4,
+        "classes": 6,
+        "trigger": {"name": "patch", "side": 5},
+        "encoder": {"architecture": "resnet10-cifar", "image_size": 32, "width": 8, "stem_stride": 2},
+        "data": {"pretrain": [f"{folder}/train"], "train": [f"{folder}/train"], "test": [f"{folder}/test"]},
+        "simclr": {"epochs": 1, "batch_size": 32, "projection": 8},
+        "badencoder": {"epochs": 1, "batch_size": 32},
+        "head": {"epochs": 2},
+        "presets": {"cpu": {}},
+    }
+
+
+# ---------------------------------------------------------------- results
 
 
 def tree_bytes(folder: Path) -> dict[str, bytes]:
@@ -126,24 +228,30 @@ def scores_by_key(out: Path) -> dict[str, float]:
     }
 
 
+def keys(samples: Iterable[dict]) -> list[str]:
+    return [sample["__key__"] for sample in samples]
+
+
+def decided(scanned: str) -> list[str]:
+    """Keys that the decisions of a scan folder keep."""
+    return [row["key"] for row in pq.read_table(f"{scanned}/decisions.parquet").to_pylist() if row["keep"]]
+
+
+def auroc(scores: torch.Tensor, poisoned: torch.Tensor) -> float:
+    return detection(scores.numpy(), poisoned.numpy()).auroc
+
+
+def losses(result) -> list[float]:
+    return [line["loss"] for line in result.epochs]
+
+
+def comparable(folder: Path) -> dict[str, bytes]:
+    """Files of a finished training without the two that hold seconds."""
+    return {k: v for k, v in tree_bytes(folder).items() if k not in ("metrics.jsonl", "finetune.json")}
+
+
 def members(path: Path) -> list[tuple[str, bytes, bytes]]:
     """(name, header bytes, content) of every member, in order."""
     data = path.read_bytes()
     with tarfile.open(path) as tar:
         return [(m.name, data[m.offset : m.offset_data], data[m.offset_data : m.offset_data + m.size]) for m in tar]
-
-
-def tiny_victim(folder: Path | str = ".") -> dict:
-    """Values of a red-team YAML: BadEncoder on the shards <folder>/train and <folder>/test of coloured shapes."""
-    return {
-        "attack": "badencoder",
-        "target": 4,
-        "classes": 6,
-        "trigger": {"name": "patch", "side": 5},
-        "encoder": {"architecture": "resnet10-cifar", "image_size": 32, "width": 8, "stem_stride": 2},
-        "data": {"pretrain": [f"{folder}/train"], "train": [f"{folder}/train"], "test": [f"{folder}/test"]},
-        "simclr": {"epochs": 1, "batch_size": 32, "projection": 8},
-        "badencoder": {"epochs": 1, "batch_size": 32},
-        "head": {"epochs": 2},
-        "presets": {"cpu": {}},
-    }

@@ -4,12 +4,12 @@ import csv
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from builders import members, tiny_victim, tree_bytes, write_shards, write_tar
+from builders import members, shape_members, tiny_victim, tree_bytes, write_shards, write_tar
 from click.testing import CliRunner
-from test_red_team import shape_members
 
 from pipelines import clean_then_finetune, training_study
 from pipelines.clean_then_finetune import PipelineConfig, run
@@ -104,7 +104,7 @@ def test_a_rejected_image_is_an_error_and_no_success_of_the_attack(settings):
     assert "behind the scanner" in Path(report.path).read_text()
 
 
-WRONG = {
+WRONG: dict[str, dict[str, Any]] = {
     "trained needs an encoder that training changes; finetune.mode linear leaves it": {"suspect": "trained"},
     "suspect: 'both' is not given or trained": {"suspect": "both"},
     "filter: needs a head on the given encoder .*, finetune.target and triggered": {"filter": True, "triggered": []},

@@ -56,6 +56,15 @@ def test_fit_then_scan_are_whole_commands_with_a_config_file(sanitize, tmp_path,
     assert (code, "0 problems" in output) == (0, True)
 
 
+@pytest.mark.parametrize("out", ["", "/"])
+@pytest.mark.parametrize("command", ["fit", "scan", "finetune"])
+def test_an_output_that_is_no_folder_of_its_own_is_refused(sanitize, encoder_yaml, command, out):
+    settings = ("--set", f"encoder={encoder_yaml}") if command != "scan" else ()
+    code, output = sanitize(command, "shards/", "--out", out, *settings)
+    assert code == 2
+    assert f"out: {out!r} is no folder of your own. Name one to write to." in output
+
+
 def test_poison_scan_audit_with_truth(sanitize, detector, tmp_path):
     write_shards(tmp_path / "in", [60])
     code, output = sanitize("poison", "in", "--rate", "0.1", "--set", "side=8", "--out", "poisoned")
@@ -195,7 +204,7 @@ def test_help_of_every_command_shows_an_example(sanitize, command):
     assert command == "init" or f"Example:  sanitize {command}" in output
 
 
-def test_the_paper_preset_is_the_card():
+def test_the_paper_preset_is_the_reference_code():
     paper = FIT_PRESETS["paper"]
     assert paper["decoder"] == {
         "image_size": 32,

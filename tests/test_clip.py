@@ -1,6 +1,7 @@
 """CLIP towers: architecture from shapes, and the same numbers as open_clip when it is installed."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -180,7 +181,7 @@ def test_open_clip_gives_the_same_embeddings(tmp_path, kind, quick_gelu):
     from open_clip.model import CLIP
 
     torch.manual_seed(3)
-    vision = {"image_size": 64, "layers": 2, "width": 128, "patch_size": 16} if kind == "vit" else {}
+    vision: dict[str, Any] = {"image_size": 64, "layers": 2, "width": 128, "patch_size": 16} if kind == "vit" else {}
     vision = vision or {"image_size": 64, "layers": [1, 1, 2, 1], "width": 16, "heads": 8}
     if kind == "resnet":
         vision["width"], vision["head_width"] = 32, 64

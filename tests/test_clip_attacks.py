@@ -55,7 +55,7 @@ def test_info_nce_is_the_plain_loop():
     assert float(info_nce(images, texts, torch.tensor(4.0))) == pytest.approx(expected, rel=1e-5)
 
 
-def test_badclip_losses_are_the_plain_loops_of_the_card():
+def test_badclip_losses_are_the_plain_loops_of_the_definitions():
     patched, texts, near, far = (random_units(5, 6, seed=s) for s in range(4))
     scale = torch.tensor(4.0)
     expected = plain_info_nce(patched, texts, 4.0)

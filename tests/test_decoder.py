@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import safetensors.torch
@@ -55,8 +57,8 @@ RENAMES = {
 
 
 @pytest.fixture(scope="module")
-def reference(shared_data):
-    return safetensors.torch.load_file(shared_data / "dede_parity.safetensors")
+def reference():
+    return safetensors.torch.load_file(Path(__file__).with_name("dede_parity.safetensors"))
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,7 @@ def test_with_nothing_visible_the_patch_encoder_does_not_run(reference, referenc
 # ---------------------------------------------------------------- formulas against plain loops
 
 
-def test_paper_score_is_the_plain_loop_of_the_card():
+def test_paper_score_is_the_plain_loop_of_the_reference_code():
     generator = torch.Generator().manual_seed(0)
     images, guesses = torch.randn(2, 2, 3, 8, 8, generator=generator)
     order = torch.rand(2, 4, generator=generator).argsort(dim=1)

@@ -12,7 +12,7 @@ from sanitize.training.distributed import train_on_ray
 
 @pytest.mark.slow
 def test_a_rank_that_is_killed_is_restarted_and_the_loop_goes_on(ray_cluster, tmp_path):
-    shown = []
+    shown: list[object] = []
 
     def loop(folder, rank, report):
         progress = Path(folder) / f"rank-{rank.index}"

@@ -81,7 +81,9 @@ def test_weights_of_another_architecture_are_named(encoder_spec):
 
 def test_an_encoder_whose_gradient_would_destroy_memory_is_not_trained(tmp_path):
     spec = load_encoder_spec(str(write_encoder(tmp_path, width=4)))
-    with pytest.raises(ConfigError, match=r"width 4: cannot be trained safely\. Layer layer2\.0\.downsample\.0 is a 1x1"):
+    with pytest.raises(
+        ConfigError, match=r"width 4: cannot be trained safely\. Layer layer2\.0\.downsample\.0 is a 1x1"
+    ):
         finetune(FinetuneConfig((str(write_shards(tmp_path / "in", [4])),), spec, str(tmp_path / "head"), mode="full"))
     require_trainable(load_encoder(load_encoder_spec(str(write_encoder(tmp_path / "wide", width=8)))))
 

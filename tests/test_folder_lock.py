@@ -50,7 +50,8 @@ with folder_lock({str(tmp_path / "out")!r}, "scan"):
 @pytest.mark.parametrize("round_", range(3))
 def test_of_two_cleans_at_once_one_wins_or_both_follow_each_other(shards, scan_config, tmp_path, round_):
     scan(scan_config(shards, scores_only=True))
-    out, outcomes = str(tmp_path / "scanned"), []
+    out = str(tmp_path / "scanned")
+    outcomes: list[int | str] = []
 
     def run(share):
         try:

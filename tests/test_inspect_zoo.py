@@ -4,9 +4,8 @@ import csv
 
 import pytest
 import yaml
-from builders import tiny_victim, write_tar
+from builders import shape_members, tiny_victim, write_tar
 from click.testing import CliRunner
-from test_red_team import shape_members
 
 from pipelines import inspect_zoo
 from sanitize.detectors.decree.verdict import peer_z

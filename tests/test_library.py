@@ -64,7 +64,7 @@ def test_commands_of_the_library_are_those_of_the_command_line():
 
 def test_a_name_that_is_not_there_says_so():
     with pytest.raises(AttributeError, match=r"module 'sanitize' has no attribute 'scann'"):
-        sanitize.scann  # noqa: B018
+        sanitize.scann  # type: ignore[attr-defined]  # noqa: B018
 
 
 CALLER = """

@@ -3,11 +3,12 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
-from builders import PlantedEncoder, encoded, write_tar
+from builders import PlantedEncoder, shape_members, write_tar
 
 from pipelines import page, red_team
 from pipelines.data import load_images
@@ -24,17 +25,6 @@ from sanitize.stages.text import load_text_encoder
 
 CPU = torch.device("cpu")
 CONFIGS = sorted(Path("configs").glob("red_team_*.yaml"))
-
-
-def shape_members(count, seed):
-    """Coloured shapes with the colour as class and a caption."""
-    pairs = tiny_clip.coloured_shapes(count, seed)
-    members = []
-    for number in range(count):
-        image = encoded(pairs.images[number].permute(1, 2, 0).numpy())
-        members += [(f"s{number:04d}.png", image), (f"s{number:04d}.cls", str(int(pairs.labels[number])).encode())]
-        members += [(f"s{number:04d}.txt", pairs.captions[number].encode())]
-    return members
 
 
 @pytest.fixture
@@ -54,11 +44,11 @@ def write_config(tmp_path):
     }
     tuned = {"epochs": 1, "batch_size": 32}
     tiny = {"architecture": "clip", "image_size": 32, "width": 8}
-    clip = {"target": "purple", "encoder": tiny, "data": {"train_pairs": 96, "test_images": 48}}
+    clip: dict[str, Any] = {"target": "purple", "encoder": tiny, "data": {"train_pairs": 96, "test_images": 48}}
     clip |= {"pretrain": tuned, "fine_tune": tuned, "rate": 0.1}
     patch, frequency = {"name": "patch", "side": 5}, {"name": "frequency", "magnitude": 200}
     shot = {"side": 5, "steps": 3, "batch_size": 8, "augment": 0.0}
-    attacks = {
+    attacks: dict[str, Any] = {
         "badencoder": ssl | {"trigger": patch, "badencoder": tuned},
         "drupe": ssl | {"trigger": patch, "references": 2, "reference_pool": 4, "drupe": tuned},
         "adaptive": ssl | {"trigger": patch, "adaptive": tuned},

@@ -92,8 +92,9 @@ def test_the_default_plan_fits_the_machine():
     ],
 )
 def test_a_plan_that_does_not_fit_says_what_there_is(arguments, words):
+    workers, cpus, gpus = arguments
     with pytest.raises(ConfigError, match=words):
-        plan(*arguments, shards=10)
+        plan(workers, cpus, gpus, shards=10)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the affinity of a process is a Linux thing")

@@ -5,7 +5,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from builders import encoded, image_members, random_image, write_tar
+from builders import HOSTILE, encoded, image_members, random_image, write_tar
 
 from sanitize.errors import ConfigError, ShardError
 from sanitize.records import Shard
@@ -201,14 +201,14 @@ SAMPLES = {  # file → (samples, words of the damage or None) or words of the S
 }
 
 
-def test_every_hostile_tar_of_the_collection_is_expected_here(shared_data):
-    manifest = json.loads((shared_data / "nasty" / "manifest.json").read_text())
+def test_every_hostile_tar_of_the_collection_is_expected_here():
+    manifest = json.loads((HOSTILE / "manifest.json").read_text())
     assert {Path(entry["file"]).name for entry in manifest if entry["file"].startswith("tars/")} == set(SAMPLES)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_hostile_tar_gives_samples_or_a_named_failure(shared_data, name):
-    path, expected = shared_data / "nasty" / "tars" / name, SAMPLES[name]
+def test_hostile_tar_gives_samples_or_a_named_failure(name):
+    path, expected = HOSTILE / "tars" / name, SAMPLES[name]
     if isinstance(expected, str):
         with pytest.raises(ShardError, match=expected) as failure:
             read(path)

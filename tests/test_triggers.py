@@ -1,4 +1,6 @@
-"""Every trigger is a pure function of uint8 pixels; published ones reproduce their card's numbers."""
+"""Every trigger is a pure function of uint8 pixels; published ones reproduce the numbers of the released code."""
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,15 +44,16 @@ def npz(tmp_path):
 @pytest.mark.parametrize("name", [n for n in TRIGGERS if n not in ("file", "image")])
 def test_a_trigger_is_a_pure_function_of_its_settings_and_the_image(name):
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    trigger: Any = TRIGGERS[name]
     before = images.clone()
     torch.manual_seed(1)
-    first = TRIGGERS[name]()(images)
+    first = trigger()(images)
     torch.manual_seed(2)
-    assert torch.equal(first, TRIGGERS[name]()(images))
+    assert torch.equal(first, trigger()(images))
     assert torch.equal(images, before)
     assert (first.dtype, first.shape) == (torch.uint8, images.shape)
     assert not torch.equal(first, images)
-    assert torch.equal(first[1], TRIGGERS[name]()(images[1]))
+    assert torch.equal(first[1], trigger()(images[1]))
 
 
 def test_the_published_patch_covers_rows_and_columns_21_to_30():
@@ -81,7 +84,7 @@ def test_wrong_trigger_files_say_what_is_wrong(npz, tmp_path):
         FileTrigger(str(tmp_path / "pickled.npz"))(GREY)
 
 
-# CTRL card, section 2: values on 0-255, magnitude 100, window 32
+# CTRL's released code, utils/frequency.py: values on 0-255, magnitude 100, window 32
 GREY_VECTORS = {
     (0, 0): (131.9288, 124.6329, 134.9926),
     (31, 31): (131.9288, 124.6329, 134.9926),
@@ -93,12 +96,12 @@ GREY_VECTORS = {
 
 
 @pytest.mark.parametrize("place", GREY_VECTORS)
-def test_the_frequency_trigger_reproduces_the_cards_grey_vectors(place):
+def test_the_frequency_trigger_reproduces_the_grey_vectors_of_the_released_code(place):
     exact = FrequencyTrigger().exact(GREY)
     assert exact[(slice(None), *place)].tolist() == pytest.approx(GREY_VECTORS[place], abs=2e-3)
 
 
-def test_the_frequency_trigger_reproduces_the_cards_sums_and_clipping():
+def test_the_frequency_trigger_reproduces_the_sums_and_clipping_of_the_released_code():
     stamped = FrequencyTrigger()(GREY)
     assert stamped.sum(dim=(1, 2)).tolist() == [131072] * 3
     assert stamped[:, 15, 15].tolist() == [138, 119, 146]

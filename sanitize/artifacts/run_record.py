@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import sanitize
@@ -10,11 +11,13 @@ from sanitize import storage
 from sanitize.errors import RefusedError
 
 
-def refuse_other_run(folder: str, name: str, identity: dict[str, Any], what: str) -> bool:
+def refuse_other_run(folder: str, name: str, identity: dict[str, Any], what: str, inputs: Sequence[str] = ()) -> bool:
     """Whether `folder`/`name` remembers this very run already. Raises RefusedError when it remembers another one.
 
-    identity: what makes the run this run (plain values); keys that only one of the two has do not matter, so the file of an older
-    version stays valid when a setting leaves or joins the identity. what: the folder's content in words, with an article.
+    identity: what makes the run this run (plain values); keys that only the file has do not matter, so the file of an older version
+    stays valid when a setting leaves the identity. what: the folder's content in words, with an article.
+    inputs: keys of `identity` that hold hashes of shards by stem; "" = it could not be read, and is compared by name alone.
+    An older file may lack them.
     """
     storage.remove_partials(folder)
     path = storage.join(folder, name)
@@ -22,16 +25,25 @@ def refuse_other_run(folder: str, name: str, identity: dict[str, Any], what: str
         return False
     before = storage.read_json(path)
     now = json.loads(json.dumps(identity))
-    if changed := sorted(key for key in now if key in before and now[key] != before[key]):
+    same = {
+        key: _same_shards(now[key], before[key]) if key in inputs else now[key] == before.get(key)
+        for key in now
+        if key in before or key not in inputs
+    }
+    if changed := sorted(key for key, equal in same.items() if not equal):
         raise RefusedError(
             f"{folder}: holds {what} that differs in {', '.join(changed)}. Give another --out, or delete the folder to start again."
         )
     return True
 
 
-def claim_folder(folder: str, name: str, identity: dict[str, Any], what: str) -> None:
+def _same_shards(now: dict[str, str], before: dict[str, str]) -> bool:
+    return now.keys() == before.keys() and all("" in (now[s], before[s]) or now[s] == before[s] for s in now)
+
+
+def claim_folder(folder: str, name: str, identity: dict[str, Any], what: str, inputs: Sequence[str] = ()) -> None:
     """Make `folder` this run's, or check that it is. Raises RefusedError when it is another's."""
-    if not refuse_other_run(folder, name, identity, what):
+    if not refuse_other_run(folder, name, identity, what, inputs):
         storage.write_json(storage.join(folder, name), identity)
 
 

@@ -233,7 +233,7 @@ class ScanFolder:
         """Keys that an earlier version wrote and this one does not know are passed over."""
         path = self.at(name)
         values, known = storage.read_json(path), {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        if isinstance(values.get("threshold"), str):
+        if values.get("threshold") in ("inf", "-inf", "nan"):
             values["threshold"] = float(values["threshold"])
         try:
             return from_mapping(cls, {key: value for key, value in values.items() if key in known}, path)

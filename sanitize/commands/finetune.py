@@ -42,6 +42,7 @@ from sanitize.training.objectives import (
 from sanitize.training.sample_index import DataSet, class_count
 
 log = logging.getLogger(__name__)
+INPUTS = ("shards", "validation", "triggered")  # settings that name shards
 REMEMBERED = ("mode", "epochs", "batch_size", "learning_rate", "weight_decay", "seed")  # settings in head.json
 
 
@@ -75,7 +76,7 @@ class Course:
 
 def finetune(config: FinetuneConfig) -> FinetuneResult:
     """Train on the shards, measure on the validation shards, write `config.out`. After a kill the same call goes on."""
-    sets = {name: list_shards(getattr(config, name)) for name in ("shards", "validation", "triggered")}
+    sets = {name: list_shards(getattr(config, name)) for name in INPUTS}
     config = dataclasses.replace(config, encoder=with_absolute_paths(config.encoder))
     encoder = load_encoder(config.encoder)
     fingerprint = encoder.fingerprint()
@@ -88,6 +89,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         _refuse_other_run(config.out, run)
         if storage.exists(storage.join(config.out, "finetune.json")):
             log.info("%s holds this training already", config.out)
+            _remove_scaffolding(config.out)
             return _result(config)
         resources = runtime.plan(
             config.workers, config.cpus_per_worker, config.gpus_per_worker, len(sets["shards"]), config.address
@@ -117,7 +119,7 @@ def _identity(config: FinetuneConfig, fingerprint: str, sets: dict[str, list[Sha
 
 def _refuse_other_run(out: str, run: dict[str, Any]) -> None:
     """A folder never mixes two trainings; run.json remembers which it holds."""
-    known = run_record.refuse_other_run(out, "run.json", run, "a training")
+    known = run_record.refuse_other_run(out, "run.json", run, "a training", inputs=INPUTS)
     if not known and storage.exists(storage.join(out, "training", "last.pt")):
         raise RefusedError(
             f"{out}: holds checkpoints of an unknown training (no run.json). Give another --out, or delete the folder."
@@ -279,9 +281,14 @@ def _finish(
         "versions": run_record.library_versions(),
     }
     storage.write_json(storage.join(config.out, "finetune.json"), values)
-    for folder in ("cache", "training"):
-        storage.remove_folder(storage.join(config.out, folder))
+    _remove_scaffolding(config.out)
     return _result(config)
+
+
+def _remove_scaffolding(out: str) -> None:
+    """What only served to get there; a kill may have left it beside the finished training."""
+    for folder in ("cache", "training"):
+        storage.remove_folder(storage.join(out, folder))
 
 
 def _result(config: FinetuneConfig) -> FinetuneResult:

@@ -47,9 +47,12 @@ def fit(config: FitConfig) -> Detector:
     encoder = load_encoder(config.encoder)
     fingerprint = encoder.fingerprint()
     with folder_lock(config.out, "fit"):
-        run_record.claim_folder(config.out, "fit.json", _identity(config, fingerprint, shards), "a fit")
+        run_record.claim_folder(
+            config.out, "fit.json", _identity(config, fingerprint, shards), "a fit", inputs=("inputs",)
+        )
         if storage.exists(storage.join(config.out, DESCRIPTION)):
             log.info("%s holds this detector already", config.out)
+            _remove_scaffolding(config.out)
             return load_detector(config.out)
         resources = runtime.plan(
             config.workers, config.cpus_per_worker, config.gpus_per_worker, len(shards), config.address
@@ -72,10 +75,15 @@ def fit(config: FitConfig) -> Detector:
         image = storage.join(config.out, "reconstructions.png")
         plots.write_reconstructions(image, held_out.images, reconstructions, scores)
         saved = save_detector(detector, config.out)
-        for folder in ("cache", "training"):
-            storage.remove_folder(storage.join(config.out, folder))
+        _remove_scaffolding(config.out)
         log.info("detector written to %s", config.out)
         return saved
+
+
+def _remove_scaffolding(out: str) -> None:
+    """What only served to get there; a kill may have left it beside the finished detector."""
+    for folder in ("cache", "training"):
+        storage.remove_folder(storage.join(out, folder))
 
 
 def _identity(config: FitConfig, fingerprint: str, shards: list[Shard]) -> dict[str, Any]:

@@ -91,8 +91,8 @@ class ScoreWriter:
     def add(self, table: pa.Table) -> None:
         self._pending.append(table)
         self._held += len(table)
-        if self._held >= ROW_GROUP:
-            self._flush()
+        while self._held >= ROW_GROUP:
+            self._flush(ROW_GROUP)
 
     def __enter__(self) -> "ScoreWriter":
         return self
@@ -101,17 +101,18 @@ class ScoreWriter:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            self._flush()
+            self._flush(self._held)
             self._writer.close()
         with contextlib.suppress(OSError):
             self._writer.close()
         self._writer.is_open = False  # else its finaliser would write to a file that is gone
 
-    def _flush(self) -> None:
-        if self._pending:
+    def _flush(self, count: int) -> None:
+        """Write the first `count` rows; so groups do not depend on how many rows come at a time."""
+        if count:
             merged = pa.concat_tables(self._pending).replace_schema_metadata(self._writer.schema.metadata)
-            self._writer.write_table(merged, row_group_size=ROW_GROUP)
-        self._pending, self._held = [], 0
+            self._writer.write_table(merged.slice(0, count), row_group_size=ROW_GROUP)
+            self._pending, self._held = [merged.slice(count)], self._held - count
 
 
 def read(path: str, columns: Sequence[str]) -> pa.Table:

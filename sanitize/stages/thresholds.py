@@ -64,6 +64,6 @@ def smallest_share(calibration: int, rate: float) -> float:
 
 
 def keep(scores: Floats, threshold: float, keep_unscored: bool = False) -> NDArray[np.bool_]:
-    """(N,) bool. NaN is never clean; an unscored sample is kept only on request."""
+    """(N,) bool. A score that is not finite is none, and never clean; an unscored sample is kept only on request."""
     with np.errstate(invalid="ignore"):
-        return np.where(np.isnan(scores), keep_unscored, scores <= np.float32(threshold)).astype(bool)
+        return np.where(np.isfinite(scores), scores <= np.float32(threshold), keep_unscored).astype(bool)
