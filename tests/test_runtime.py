@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import ray
 
 from sanitize.errors import ConfigError, SanitizeError, ShardError, StorageError
 from sanitize.progress import ProgressDisplay
@@ -76,7 +77,7 @@ def test_a_worker_that_always_dies_ends_the_run_with_advice(ray_cluster):
 
 
 def test_the_default_plan_fits_the_machine():
-    cores = usable_cpus()
+    cores = int(ray.cluster_resources()["CPU"]) if ray.is_initialized() else usable_cpus()
     resources = plan(-1, 0, 0, shards=100)
     assert 1 <= resources.workers * resources.cpus <= cores
     assert plan(-1, 0, 0, shards=1).workers == 1
