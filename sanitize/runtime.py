@@ -7,6 +7,7 @@ retry after a crash does the shard again and changes nothing else.
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -112,6 +113,7 @@ def ray_session(address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         options: dict[str, Any] = {} if address else {"include_dashboard": False, "num_cpus": usable_cpus()}
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
@@ -119,6 +121,8 @@ def ray_session(address: str) -> Iterator[None]:
         raise ConfigError(
             f"--address {address}: cannot join a Ray cluster there ({error}). Check `ray status`."
         ) from None
+    with contextlib.suppress(ValueError):  # not the main thread: Ray left the handler alone as well
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would end this process at once, with exit code 15
     try:
         yield
     finally:

@@ -80,3 +80,28 @@ def test_sigkill_to_an_actor_does_not_stop_the_scan_or_change_a_byte(command, tm
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors.decode()[-2000:]
     assert tree_bytes(tmp_path / "killed") == tree_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("ended_by", "word", "code"), [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)]
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_scan_that_is_asked_to_stop_keeps_what_is_finished_and_leaves_nothing_behind(
+    command, tmp_path, workers, ended_by, word, code
+):
+    subprocess.run(command("whole", 0), check=True, capture_output=True)
+    process = subprocess.Popen(command("stopped", workers), stderr=subprocess.PIPE)
+    wait_for(lambda: finished(tmp_path / "stopped") >= 1, process)
+    actors = actors_below(process.pid)
+    asked = time.monotonic()
+    process.send_signal(ended_by)
+    errors = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == code, errors[-2000:]
+    assert errors.splitlines()[-1] == f"{word}; run the same command again to go on."
+    assert "Traceback" not in errors
+    assert time.monotonic() - asked < 30
+    assert not [pid for pid in actors if Path(f"/proc/{pid}").exists()]
+    assert not list((tmp_path / "stopped").rglob("*.partial"))
+    assert not list((tmp_path / "stopped").glob(".lock-holder*"))
+    subprocess.run(command("stopped", workers), check=True, capture_output=True)
+    assert tree_bytes(tmp_path / "stopped") == tree_bytes(tmp_path / "whole")

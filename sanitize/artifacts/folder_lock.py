@@ -11,7 +11,7 @@ from typing import Any
 import filelock
 
 from sanitize import storage
-from sanitize.errors import RefusedError
+from sanitize.errors import RefusedError, StorageError
 
 LOCK, HOLDER = ".lock", ".lock-holder.json"
 
@@ -41,6 +41,10 @@ def _hold_locally(folder: str, holder: dict[str, Any]) -> Iterator[None]:
     try:
         storage.write_json(storage.join(folder, HOLDER), holder)
         yield
+    except BaseException:
+        with contextlib.suppress(StorageError):
+            storage.remove_partials(folder)  # of workers that were stopped with their files half written
+        raise
     finally:
         with contextlib.suppress(OSError):  # the lock counts, not who says it holds it
             storage.local_path(storage.join(folder, HOLDER)).unlink()
