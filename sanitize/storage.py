@@ -9,16 +9,21 @@ import shutil
 import stat
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from sanitize.errors import StorageError
 
+T = TypeVar("T")
+R = TypeVar("R")
 PARTIAL = ".partial"
+READ_AHEAD = 32  # requests under way: each waits for a device or a network, not for this process
 
 
 def is_local(path: str) -> bool:
@@ -93,6 +98,31 @@ def _require_regular(path: Path) -> None:
 def read_bytes(path: str) -> bytes:
     with open_read(path) as file:
         return file.read()
+
+
+def read_range(path: str, start: int, size: int) -> bytes:
+    """In one request where the file is remote. Raises OSError or StorageError."""
+    if is_local(path):
+        with open_read(path) as file:
+            file.seek(start)
+            return file.read(size)
+    fs, inner = filesystem(path)
+    return bytes(fs.cat_file(inner, start=start, end=start + size))
+
+
+def read_ahead(read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`read` of each, in order, READ_AHEAD of them at a time; no more results than that wait in memory."""
+    with ThreadPoolExecutor(READ_AHEAD) as pool:
+        waiting: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(read, item))
+                if len(waiting) == READ_AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def read_json(path: str) -> dict[str, Any]:

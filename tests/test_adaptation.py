@@ -141,7 +141,9 @@ def test_a_scan_of_which_much_stands_out_is_not_adapted_to(scanned, tmp_path, ca
 
 
 def statistics_of(folder):
-    return np.concatenate([score_table.statistics(str(path)) for path in sorted((folder / "scores").glob("*"))])
+    paths = sorted(map(str, (folder / "scores").glob("*")))
+    tables = score_table.read_each(paths, score_table.STATISTICS_COLUMNS)
+    return np.concatenate([score_table.statistics(table) for table in tables])
 
 
 def test_the_bulk_is_estimated_from_different_images_of_all_shards(scanned, shifted, tmp_path):

@@ -70,10 +70,11 @@ def test_markers_read_back_before_and_after_the_split(folder):
     split = ShardMarker(
         "b", ShardInput(20, "33", "cut", 0), 2, 0, {"clean/b.tar": WrittenFile(7, "44")}, Split(1, 1, "55")
     )
-    assert (folder.is_scored("b"), folder.marker("b")) == (False, None)
+    assert (folder.scored(), folder.marker("b")) == (set(), None)
     for marker in (SCORED, split):
         folder.write_marker(marker)
         assert folder.marker(marker.shard) == marker
+    assert folder.scored() == {"a/z", "b"}
     assert folder.markers(["a/z", "none", "b"]) == [SCORED, split]
     assert "clean" not in storage.read_json(folder.at("done", "a/z.json"))
 

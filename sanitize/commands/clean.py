@@ -76,28 +76,38 @@ def decide_and_split(
     folder = ScanFolder(out)
     run = folder.run()
     storage.remove_partials(out)
-    scored = [shard for shard in run.all_shards() if folder.is_scored(shard.stem)]
+    markers = {marker.shard: marker for marker in folder.markers(sorted(run.shards))}
+    scored = [run.shard(stem) for stem in markers]
+    paths = [folder.scores(shard.stem) for shard in scored]
     detector = _detector(out, run, policy)
     calibration = detector.calibration(run.effort) if detector else np.empty(0, np.float32)
     reference = detector.adaptable_reference(run.effort) if detector and policy.adapt else None
-    adapter = score_adapter([folder.scores(shard.stem) for shard in scored], reference, calibration)
-    scores = np.concatenate([np.empty(0, np.float32), *(adapter.scores(folder.scores(s.stem)) for s in scored)])
+    adapter = score_adapter(paths, reference, calibration)
+    deciding = [adapter.scores(table) for table in score_table.read_each(paths, adapter.columns)]
+    scores = np.concatenate([np.empty(0, np.float32), *deciding])
     threshold = thresholds.threshold_for(scores, calibration, policy)
     _warn_of_small_calibration(policy, threshold, len(calibration))
     kept = thresholds.keep(scores, threshold, policy.keep_unscored)
     _refuse_to_remove_most(scores, kept, force)
     folder.delete_summary()
-    tables = (_decide(folder, shard, policy, adapter, threshold) for shard in scored)
-    committed = decisions.write_decisions(folder.decisions_path, tables)
+    keeps = np.split(kept, np.cumsum([len(part) for part in deciding])[:-1])
+    tables = score_table.read_each(paths, ["shard", "key", "index", "status", "reason"])
+    rows = (
+        _decide(*shard, threshold) for shard in zip(tables, deciding, keeps, strict=False)
+    )  # lazily, none without a shard
+    committed = decisions.write_decisions(folder.decisions_path, rows)
+    todo = [
+        s for s, keep in zip(scored, keeps, strict=False) if not _is_split(markers[s.stem], decision_identity(keep))
+    ]
     task = SplitTask(storage.absolute(out))
     resources = resources or runtime.plan(0, 0, -1, len(scored))
     failed = []
-    with ProgressDisplay("clean", len(scored), sum(s.size for s in scored)) as display:
-        for outcome in runtime.map_shards(task, scored, resources, display, address):
+    with ProgressDisplay("clean", len(todo), sum(s.size for s in todo)) as display:
+        for outcome in runtime.map_shards(task, todo, resources, display, address):
             failed += [outcome.error] if outcome.error else []
     unscored = int(np.isnan(scores).sum())
     result = CleanResult(threshold, int(kept.sum()), int((~kept).sum()), unscored, tuple(sorted(failed)))
-    folder.write_summary(_summary(folder, run, policy, adapter, result, committed))
+    folder.write_summary(_summary(run, list(markers.values()), policy, adapter, result, committed))
     return result
 
 
@@ -140,13 +150,8 @@ def _refuse_to_remove_most(scores: NDArray[np.float32], kept: NDArray[np.bool_],
         )
 
 
-def _decide(
-    folder: ScanFolder, shard: Shard, policy: ThresholdPolicy, adapter: ScoreAdapter, threshold: float
-) -> pa.Table:
-    """The rows of one shard in decisions.parquet."""
-    table = score_table.read(folder.scores(shard.stem), ["shard", "key", "index", "status", "reason"])
-    scores = adapter.scores(folder.scores(shard.stem))
-    kept = thresholds.keep(scores, threshold, policy.keep_unscored)
+def _decide(table: pa.Table, scores: NDArray[np.float32], kept: NDArray[np.bool_], threshold: float) -> pa.Table:
+    """The rows of one shard in decisions.parquet. table: its score rows; scores, kept (N,)."""
     statuses, reasons = (table.column(name).to_pylist() for name in ("status", "reason"))
     columns = {name: table.column(name) for name in ("shard", "key", "index")}
     columns["keep"] = pa.array(kept)
@@ -163,9 +168,13 @@ def _decide(
 
 
 def _summary(
-    folder: ScanFolder, run: Run, policy: ThresholdPolicy, adapter: ScoreAdapter, result: CleanResult, committed: str
+    run: Run,
+    markers: Sequence[ShardMarker],
+    policy: ThresholdPolicy,
+    adapter: ScoreAdapter,
+    result: CleanResult,
+    committed: str,
 ) -> Summary:
-    markers = folder.markers(sorted(run.shards))
     unscored_shards = sorted(set(run.shards) - {marker.shard for marker in markers})
     return Summary(
         policy=policy,
@@ -198,13 +207,17 @@ class SplitTask:
         return lambda shard, progress: _split(folder, shard, table.of(shard.stem), image_member, progress)
 
 
+def _is_split(marker: ShardMarker, decision: str) -> bool:
+    return marker.clean is not None and marker.clean.decision == decision
+
+
 def _split(
     folder: ScanFolder, shard: Shard, decided: Decisions, image_member: str, progress: ProgressCallback
 ) -> ShardMarker:
     marker = folder.marker(shard.stem)
     assert marker is not None, "only scored shards are split"
     decision = decision_identity(decided.keep)
-    if marker.clean and marker.clean.decision == decision:
+    if _is_split(marker, decision):  # by a worker that was lost before it could say so
         return marker
     # forget what another decision left before anything can go wrong: its tars may hold what is to be removed now
     marker = marker.unsplit()

@@ -129,7 +129,8 @@ def _score(
         effort=config.effort,
         flag_p=config.policy.fpr,
     )
-    todo = [shard for shard in shards if not folder.is_scored(shard.stem)]
+    scored = folder.scored()
+    todo = [shard for shard in shards if shard.stem not in scored]
     if len(todo) < len(shards):
         log.info("%d of %d shards were scored before", len(shards) - len(todo), len(shards))
     with ProgressDisplay("scan", len(todo), sum(s.size for s in todo)) as display:

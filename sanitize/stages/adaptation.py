@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
@@ -27,15 +28,20 @@ FEW_FLAGGED = 0.05  # of the scan, that adapting may flag whatever was flagged b
 
 @dataclass(frozen=True)
 class ScoreAdapter:
-    """Turns one score file into the deciding scores. reference: the adapted one; None = the scores as they are."""
+    """Turns score rows into the deciding scores. reference: the adapted one; None = the scores as they are."""
 
     reference: CleanReference | None = None
 
-    def scores(self, path: str) -> Floats:
+    @property
+    def columns(self) -> Sequence[str]:
+        """What `scores` needs."""
+        return ["score"] if self.reference is None else score_table.STATISTICS_COLUMNS
+
+    def scores(self, table: pa.Table) -> Floats:
         """(N,) float32 in row order, NaN for unscored samples."""
         if self.reference is None:
-            return score_table.numbers(score_table.read(path, ["score"]), "score")
-        return self.reference.distance(torch.from_numpy(score_table.statistics(path))).numpy()
+            return score_table.numbers(table, "score")
+        return self.reference.distance(torch.from_numpy(score_table.statistics(table))).numpy()
 
     @property
     def identity(self) -> str:
@@ -97,11 +103,10 @@ def distinct_statistics(paths: Sequence[str], key: bytes, limit: int = MAX_ROWS)
 
     key: of the draw; an attacker who knew which images are drawn could make its own the bulk
     """
-    share = limit / max(sum(score_table.count_rows(path) for path in paths), 1)
+    share = limit / max(sum(storage.read_ahead(score_table.count_rows, paths)), 1)
     parts, seen = [np.empty((0, len(score_table.STATISTICS_COLUMNS)), np.float32)], set[bytes]()
-    for path in paths:
-        table = score_table.read(path, [*score_table.STATISTICS_COLUMNS, "sha256"])
-        statistics = score_table.statistics_of(table)
+    for table in score_table.read_each(paths, [*score_table.STATISTICS_COLUMNS, "sha256"]):
+        statistics = score_table.statistics(table)
         rows = []
         for row in np.flatnonzero(np.isfinite(statistics).all(axis=1)).tolist():
             digest = bytes.fromhex(table.column("sha256")[row].as_py())

@@ -1,7 +1,7 @@
 """Score rows ⇄ Parquet. The one place that names columns and types."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 
 import numpy as np
@@ -124,18 +124,19 @@ def read(path: str, columns: Sequence[str]) -> pa.Table:
             raise StorageError(f"{path}: not a readable score table ({error}). Delete it and scan again.") from None
 
 
+def read_each(paths: Sequence[str], columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Chosen columns of each score file, in order; the next files are read meanwhile."""
+    return storage.read_ahead(lambda path: read(path, columns), paths)
+
+
 def count_rows(path: str) -> int:
     """Of one score file, by its footer."""
     with storage.open_read(path) as file:
         return int(pq.read_metadata(file).num_rows)
 
 
-def statistics(path: str) -> Floats:
-    """(N, V + 2) embedding statistics of the samples of one score file; NaN where an image was not perturbed."""
-    return statistics_of(read(path, STATISTICS_COLUMNS))
-
-
-def statistics_of(table: pa.Table) -> Floats:
+def statistics(table: pa.Table) -> Floats:
+    """(N, V + 2) embedding statistics of rows with STATISTICS_COLUMNS; NaN where an image was not perturbed."""
     changes = torch.from_numpy(np.stack([numbers(table, name) for name in CHANGE_COLUMNS], axis=1))
     norms, distances = (torch.from_numpy(numbers(table, name)) for name in ("embedding_norm", "neighbour_distance"))
     return embedding_statistics(changes, norms, distances).numpy()

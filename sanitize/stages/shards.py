@@ -3,7 +3,6 @@
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -24,7 +23,7 @@ MAX_IMAGE_BYTES = 1 << 28
 
 
 def list_shards(patterns: Sequence[str], leave_out: str = "") -> list[Shard]:
-    """Shards named by folders, tar files, globs and braces, local or fsspec URLs; sorted by stem.
+    """Shards named by folders, tar files, globs and braces, local or fsspec URLs; sorted by stem. Sizes come with the listing.
 
     leave_out: the folder this run writes; what an earlier run left there is no input, unless it is named itself.
     Raises ConfigError when something is missing, nothing is found, or two inputs would get the same name.
@@ -59,18 +58,24 @@ def _list_one(url: str, leave_out: str) -> list[Shard]:
     try:
         if any(character in inner for character in "*?[") and not fs.exists(inner):
             root = re.split(r"[*?\[]", inner, maxsplit=1)[0].rsplit("/", 1)[0]
-            paths = [path for path in fs.glob(inner) if path.endswith(".tar")]
+            found = fs.glob(inner, detail=True)
         elif fs.isdir(inner):
-            root, paths = inner.rstrip("/"), [path for path in fs.find(inner) if path.endswith(".tar")]
+            root, found = inner.rstrip("/"), fs.find(inner, detail=True)
         elif fs.exists(inner) or (storage.is_local(url) and Path(inner).is_symlink()):
-            root, paths = inner.rsplit("/", 1)[0], [inner]
+            root, found = inner.rsplit("/", 1)[0], {inner: {"size": _size(fs, inner)}}
         else:
             raise ConfigError(f"{url}: no such file or folder. Check the path; a folder means every .tar below it.")
     except PermissionError:
         raise StorageError(f"{url}: no permission to read. Check the owner and mode of the folder.") from None
     written = _written_below(root, protocol, leave_out)
-    paths = [p for p in paths if not p.rsplit("/", 1)[-1].startswith(".") and not (written and p.startswith(written))]
-    if not paths:
+    sizes = {
+        path: int(info["size"] or 0)
+        for path, info in sorted(found.items())
+        if (path.endswith(".tar") or path == inner)
+        and not path.rsplit("/", 1)[-1].startswith(".")
+        and not (written and path.startswith(written))
+    }
+    if not sizes:
         raise ConfigError(
             f"{url}: no .tar file found. Give a folder with WebDataset shards, or a glob that matches some."
         )
@@ -78,9 +83,9 @@ def _list_one(url: str, leave_out: str) -> list[Shard]:
         Shard(
             url=protocol + path.removeprefix("/" if protocol else ""),
             stem=path[len(root) :].lstrip("/").removesuffix(".tar"),
-            size=_size(fs, path),
+            size=size,
         )
-        for path in paths
+        for path, size in sizes.items()
     ]
 
 
@@ -117,18 +122,16 @@ UNREADABLE = ""  # in place of the hash of a shard that cannot be read now; scor
 def head_tail_sha256(shard: Shard, span: int = 1 << 16) -> str:
     """A cheap identity of a shard: hash of its size, first and last 64 KiB. The whole hash is kept by the scan."""
     try:
-        with storage.open_read(shard.url) as file:
-            head = file.read(span)
-            file.seek(max(0, shard.size - span))
-            return hashlib.sha256(b"%d|" % shard.size + head + file.read(span)).hexdigest()
+        head = storage.read_range(shard.url, 0, span)
+        tail = storage.read_range(shard.url, max(0, shard.size - span), span)
+        return hashlib.sha256(b"%d|" % shard.size + head + tail).hexdigest()
     except (StorageError, OSError):
         return UNREADABLE
 
 
 def head_tails(shards: Sequence[Shard]) -> dict[str, str]:
-    """`head_tail_sha256` of each by stem; sixteen are read at a time, since each read waits for its device."""
-    with ThreadPoolExecutor(16) as pool:
-        return dict(zip((shard.stem for shard in shards), pool.map(head_tail_sha256, shards), strict=True))
+    """`head_tail_sha256` of each by stem."""
+    return dict(zip((shard.stem for shard in shards), storage.read_ahead(head_tail_sha256, shards), strict=True))
 
 
 # ---------------------------------------------------------------- opening
