@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import pyarrow as pa
@@ -30,20 +30,24 @@ from sanitize.stages.shards import head_tails, list_shards
 SPEC = EncoderSpec("resnet18-cifar", image_size=32, width=8, stem_stride=2)
 
 
-class Store(MemoryFileSystem):  # type: ignore[misc]
+class Store(MemoryFileSystem):
     """delay: seconds each request waits; requests: how many of each kind were made."""
 
     protocol = "store"
-    store: dict[str, Any] = {}  # noqa: RUF012 - of the class, as its base has it
-    pseudo_dirs = [""]  # noqa: RUF012
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
     delay = 0.0
-    requests: Counter[str] = Counter()
+    requests: ClassVar[Counter[str]] = Counter()
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.removeprefix("store://").strip("/")
 
     def _wait(self, kind: str, times: int = 1) -> None:
         Store.requests[kind] += times
         time.sleep(Store.delay * times)
 
-    def find(self, path: str, maxdepth: Any = None, withdirs: bool = False, detail: bool = False, **_: Any) -> Any:
+    def find(self, path: str, *_: Any, detail: bool = False, **__: Any) -> Any:
         folder = self._strip_protocol(path).rstrip("/") + "/"
         names = [name for name in list(self.store) if name.startswith(folder)]
         self._wait("list", len(names) // 1000 + 1)
@@ -78,10 +82,6 @@ class Store(MemoryFileSystem):  # type: ignore[misc]
         if mode == "create" and self._strip_protocol(path) in self.store:
             raise FileExistsError(path)
         super().pipe_file(path, value)
-
-    def put_file(self, lpath: str, rpath: str, **options: Any) -> None:
-        self._wait("put")
-        super().put_file(lpath, rpath, **options)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Object stores have none."""
@@ -126,7 +126,7 @@ def fill(shards: int) -> ScanConfig:
 
 
 def _config(detector: str, **settings: Any) -> ScanConfig:
-    policy = ThresholdPolicy("fixed", threshold=1e9)
+    policy = ThresholdPolicy("absolute", threshold=1e9)
     return ScanConfig(
         ("store://in",), detector, workers=0, cpus_per_worker=1, precision="fp32", policy=policy, **settings
     )

@@ -231,7 +231,9 @@ def audit(scanned: str, truth: str, top: int) -> None:
 
 @main.command()
 @click.argument("scanned", default="scanned")
-def verify(scanned: str) -> None:
+@click.option("--deep", is_flag=True, help="Read the inputs as well: clean and quarantine hold their bytes, as decided")
+@click.option("--repair", is_flag=True, help="Delete what is damaged, so that the same scan does that part again")
+def verify(scanned: str, deep: bool, repair: bool) -> None:
     """Check that every output byte is the one that was committed.
 
     \b
@@ -239,12 +241,14 @@ def verify(scanned: str) -> None:
     """
     from sanitize.commands.verify import verify as run
 
-    result = run(scanned.rstrip("/"))
+    result = run(scanned.rstrip("/"), deep=deep, repair=repair)
     for problem in result.problems:
         click.echo(f"problem: {problem}", err=True)
     click.echo(
         f"{scanned}: {result.shards} shards, {result.files} files, {result.samples} samples, {len(result.problems)} problems"
     )
+    if result.deleted:
+        click.echo(f"{len(result.deleted)} files deleted. Run the same `sanitize scan` again; it writes them anew.")
     if result.problems:
         sys.exit(1)
 

@@ -264,6 +264,6 @@ def test_a_score_table_of_another_shard_is_found(shards, scan_config, tmp_path):
     }
     (done / "part-0001.json").write_text(json.dumps(marker))
     assert (
-        "part-0001: its score table is that of part-0000. Delete done/part-0001.json"
+        "part-0001: its score table is that of part-0000. Run `sanitize verify --repair"
         in verify(str(tmp_path / "scanned")).problems[0]
     )

@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 
 from sanitize import storage
 from sanitize.artifacts import run_record
-from sanitize.artifacts.decisions import DecisionTable
+from sanitize.artifacts.decisions import Decisions, DecisionTable
 from sanitize.config import ThresholdPolicy
 from sanitize.config_loading import from_mapping, to_mapping
 from sanitize.errors import ConfigError, StorageError
 from sanitize.records import Shard
+from sanitize.stages import score_table
+from sanitize.stages.splitting import ScoredShard
 
 T = TypeVar("T")
 CLEAN, QUARANTINE = "clean", "quarantine"
@@ -213,6 +215,19 @@ class ScanFolder:
         }
 
     # ---------------------------------------------------------------- pass 2
+
+    def scored_shard(self, run: Run, marker: ShardMarker, decided: Decisions) -> ScoredShard:
+        """What pass 2 compares an input with, while it copies."""
+        images = score_table.read(self.scores(marker.shard), ["sha256"]).column("sha256").to_pylist()
+        return ScoredShard(
+            shard=run.shard(marker.shard),
+            keys=decided.keys,
+            image_sha256=images,
+            sha256=marker.input.sha256,
+            damage=marker.input.damage,
+            loose_members=marker.input.loose_members,
+            image_member=run.image_member,
+        )
 
     def summary(self) -> Summary | None:
         """None while pass 2 is not through."""

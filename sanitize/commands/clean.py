@@ -5,14 +5,10 @@ for byte, headers included. Everything else of a shard (removed samples, members
 clean + quarantine = input.
 """
 
-import contextlib
-import hashlib
 import logging
 import math
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +24,6 @@ from sanitize.artifacts.scan_folder import (
     QUARANTINE,
     Run,
     ScanFolder,
-    ShardInput,
     ShardMarker,
     Split,
     Summary,
@@ -36,14 +31,13 @@ from sanitize.artifacts.scan_folder import (
     decision_identity,
 )
 from sanitize.config import ThresholdPolicy
-from sanitize.errors import RefusedError, ShardError
+from sanitize.errors import RefusedError
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 from sanitize.runtime import ProgressCallback, Resources, ShardFunction
 from sanitize.stages import score_table, thresholds
 from sanitize.stages.adaptation import ScoreAdapter, score_adapter
-from sanitize.stages.shard_reader import ShardReader
-from sanitize.stages.shards import end_archive, open_shard, printable, read_block
+from sanitize.stages.splitting import split_shard
 
 log = logging.getLogger(__name__)
 RARE = 0.01  # share of poison that every policy should be able to act on
@@ -203,140 +197,36 @@ class SplitTask:
 
     def start(self, threads: int) -> ShardFunction[ShardMarker]:  # noqa: ARG002 - copying needs no threads
         folder = ScanFolder(self.out)
-        table, image_member = folder.decisions(), folder.run().image_member
-        return lambda shard, progress: _split(folder, shard, table.of(shard.stem), image_member, progress)
+        table, run = folder.decisions(), folder.run()
+        return lambda shard, progress: _split(folder, run, shard, table.of(shard.stem), progress)
 
 
 def _is_split(marker: ShardMarker, decision: str) -> bool:
     return marker.clean is not None and marker.clean.decision == decision
 
 
-def _split(
-    folder: ScanFolder, shard: Shard, decided: Decisions, image_member: str, progress: ProgressCallback
-) -> ShardMarker:
+def _split(folder: ScanFolder, run: Run, shard: Shard, decided: Decisions, progress: ProgressCallback) -> ShardMarker:
     marker = folder.marker(shard.stem)
     assert marker is not None, "only scored shards are split"
     decision = decision_identity(decided.keep)
     if _is_split(marker, decision):  # by a worker that was lost before it could say so
         return marker
     # forget what another decision left before anything can go wrong: its tars may hold what is to be removed now
-    marker = marker.unsplit()
-    folder.write_marker(marker)
+    if marker.clean:
+        marker = marker.unsplit()
+        folder.write_marker(marker)
     for path in folder.tars(shard.stem):
         storage.delete(path)
-    hashes = score_table.read(folder.scores(shard.stem), ["sha256"]).column("sha256").to_pylist()
-    plan = _plan(shard, decided, hashes, image_member, marker.input)
-    files = _copy(folder, shard, plan, marker.input.sha256)
+    names = {True: folder.tar_name(CLEAN, shard.stem), False: folder.tar_name(QUARANTINE, shard.stem)}
+    parts = split_shard(
+        folder.scored_shard(run, marker, decided),
+        decided.keep,
+        lambda keep: storage.atomic_write(folder.at(names[keep])),
+    )
+    files = {names[keep]: WrittenFile(part.size, part.sha256()) for keep, part in parts.items()}
     removed = int((~decided.keep).sum())
     split = Split(kept=len(decided.keep) - removed, removed=removed, decision=decision)
     marker = replace(marker, clean=split, files=marker.files | files)
     folder.write_marker(marker)
     progress(len(decided.keep), removed, shard.size)
     return marker
-
-
-@dataclass(frozen=True)
-class CopyPlan:
-    """ranges: (start, end, keep) in tar order, covering the readable part of the shard without gaps; neighbours merged.
-    images: (start, end, SHA-256) of every image that was scored."""
-
-    ranges: list[tuple[int, int, bool]]
-    images: list[tuple[int, int, str]]
-
-
-def _plan(shard: Shard, decided: Decisions, hashes: Sequence[str], image_member: str, scored: ShardInput) -> CopyPlan:
-    """Raises ShardError when the shard does not read as it did in pass 1: the same samples, damage and loose members."""
-    plan = CopyPlan([], [])
-
-    def add(start: int, end: int, keep: bool) -> None:
-        if plan.ranges and plan.ranges[-1][2] is keep and plan.ranges[-1][1] == start:
-            start = plan.ranges.pop()[0]
-        plan.ranges.append((start, end, keep))
-
-    keys = []
-    with open_shard(shard) as file:
-        reader = ShardReader(file, shard, with_images=False, image_member=image_member)
-        position = 0
-        for sample in reader.samples():
-            keys.append(printable(sample.key))
-            if keys[-1:] != decided.keys[sample.index : sample.index + 1]:
-                raise ShardError(_changed(shard))
-            for member in sample.members:
-                if member.start > position:
-                    add(position, member.start, False)  # loose members
-                add(member.start, member.end, bool(decided.keep[sample.index]))
-                position = member.end
-            if (image := reader.image_of(sample)) and hashes[sample.index]:
-                plan.images.append((image.data, image.data + image.size, hashes[sample.index]))
-        if reader.readable_end > position:
-            add(position, reader.readable_end, False)
-    if keys != decided.keys or (reader.damage, reader.loose) != (scored.damage, scored.loose_members):
-        raise ShardError(_changed(shard))
-    return plan
-
-
-def _copy(folder: ScanFolder, shard: Shard, plan: CopyPlan, expected_sha256: str) -> dict[str, WrittenFile]:
-    """Copy every range to its tar in one pass, at most 1 MiB in memory; an empty tar is not written.
-
-    The whole input and every scored image are hashed on the way: what is kept is what was scored, byte for byte.
-    """
-    names = {keep: folder.tar_name(CLEAN if keep else QUARANTINE, shard.stem) for _, _, keep in plan.ranges}
-    digest, images = hashlib.sha256(), _ImageHashes(shard, plan.images)
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open_shard(shard))
-        targets = {
-            keep: stack.enter_context(storage.atomic_write(folder.at(name))) for keep, name in sorted(names.items())
-        }
-        position = 0
-        for start, end, keep in plan.ranges:
-            for data in _blocks(file, shard, start - position):
-                digest.update(data)
-            for data in _blocks(file, shard, end - start):
-                digest.update(data)
-                images.update(data)
-                targets[keep].write(data)
-            position = end
-        for data in _blocks(file, shard, shard.size - position + 1):
-            digest.update(data)
-        if digest.hexdigest() != expected_sha256:
-            raise ShardError(_changed(shard))
-        images.finish()
-        for target in targets.values():
-            end_archive(target)
-    return {names[keep]: WrittenFile(target.size, target.sha256()) for keep, target in targets.items()}
-
-
-class _ImageHashes:
-    """Compares each scored image with its bytes on their way past; the ranges cover the shard from its first byte."""
-
-    def __init__(self, shard: Shard, images: Sequence[tuple[int, int, str]]) -> None:
-        self._shard, self._images = shard, deque(images)
-        self._position, self._digest = 0, hashlib.sha256()
-
-    def update(self, data: bytes) -> None:
-        begin, end = self._position, self._position + len(data)
-        while self._images and self._images[0][0] < end:
-            start, stop, expected = self._images[0]
-            self._digest.update(data[max(start - begin, 0) : stop - begin])
-            if stop > end:
-                break
-            self._images.popleft()
-            found, self._digest = self._digest.hexdigest(), hashlib.sha256()
-            if found != expected:
-                raise ShardError(_changed(self._shard))
-        self._position = end
-
-    def finish(self) -> None:
-        if self._images:
-            raise ShardError(_changed(self._shard))
-
-
-def _blocks(file: IO[bytes], shard: Shard, count: int) -> Iterator[bytes]:
-    """The next `count` bytes, or what is left of them."""
-    while count > 0 and (data := read_block(file, min(1 << 20, count), shard.url)):
-        count -= len(data)
-        yield data
-
-
-def _changed(shard: Shard) -> str:
-    return f"{shard.url}: changed after it was scored. Scan it again into another --out."

@@ -1,54 +1,94 @@
 """`sanitize verify`: every output byte is the one that was committed, and no sample was lost."""
 
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sanitize import storage
 from sanitize.artifacts.decisions import DecisionTable
-from sanitize.artifacts.scan_folder import CLEAN, QUARANTINE, ScanFolder, ShardMarker, WrittenFile, decision_identity
-from sanitize.errors import RefusedError
+from sanitize.artifacts.folder_lock import folder_lock
+from sanitize.artifacts.scan_folder import (
+    CLEAN,
+    QUARANTINE,
+    Run,
+    ScanFolder,
+    ShardMarker,
+    WrittenFile,
+    decision_identity,
+)
+from sanitize.errors import RefusedError, ShardError
 from sanitize.records import Shard
 from sanitize.stages import score_table
 from sanitize.stages.shard_reader import ShardReader
+from sanitize.stages.splitting import split_shard
+
+
+@dataclass(frozen=True)
+class Problem:
+    """text: what and where. delete: names below the folder that have to go before the same `sanitize scan` writes them anew;
+    unsplit: the marker that has to forget pass 2 first."""
+
+    text: str
+    delete: tuple[str, ...] = ()
+    unsplit: ShardMarker | None = None
 
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """`problems` is empty when everything holds."""
+    """`problems` is empty when everything holds. deleted: what `repair` removed, to be written anew."""
 
     shards: int
     samples: int
     files: int
     problems: tuple[str, ...]
+    deleted: tuple[str, ...] = ()
 
 
-def verify(out: str) -> VerifyResult:
+def verify(out: str, *, deep: bool = False, repair: bool = False) -> VerifyResult:
     """Check hashes of all files named by markers, row counts, that every shard was split as it was decided, and that
-    clean + quarantine = input, sample for sample."""
+    clean + quarantine = input, sample for sample.
+
+    deep: read the inputs as well and split each once more, into nothing: the tars hold the input's bytes, as the decisions say.
+    repair: delete what is damaged; the same `sanitize scan` then does that part again, and only that.
+    """
     folder = ScanFolder(out)
     run = folder.run()
-    table, problems = _decisions(folder)
-    samples = files = 0
-    is_split = False
-    named: set[str] = set()
-    for stem in sorted(run.shards):
-        marker = folder.marker(stem)
-        if marker is None:
-            problems.append(f"{stem}: not scored. Run the same `sanitize scan` again.")
-            continue
-        named |= set(marker.files)
-        broken = [problem for name, entry in marker.files.items() for problem in _file_problems(folder, name, entry)]
-        problems += broken or _count_problems(folder, marker)
-        problems += _split_problems(marker, table) if table else []
-        is_split = is_split or marker.clean is not None
-        samples += marker.samples
-        files += len(marker.files)
-    problems += [f"{name}: no marker names it. Delete it." for name in sorted(folder.present_files() - named)]
-    if is_split and folder.summary() is None:
-        problems.append("summary.json: missing, so pass 2 did not end. Run `sanitize clean` again.")
-    return VerifyResult(len(run.shards), samples, files, tuple(problems))
+    with folder_lock(out, "verify --repair") if repair else contextlib.nullcontext():
+        markers, problems = folder.markers(sorted(run.shards)), []
+        for stem in sorted(set(run.shards) - {marker.shard for marker in markers}):
+            problems.append(Problem(f"{stem}: not scored. Run the same `sanitize scan` again."))
+        table, wrong = _decisions(folder)
+        problems += wrong
+        for found in storage.read_ahead(lambda marker: _shard_problems(folder, run, marker, table, deep), markers):
+            problems += found
+        named = {name for marker in markers for name in marker.files}
+        for name in sorted(folder.present_files() - named):
+            problems.append(Problem(f"{name}: no marker names it. Delete it.", (name,)))
+        if any(marker.clean for marker in markers) and folder.summary() is None:
+            problems.append(Problem("summary.json: missing, so pass 2 did not end. Run `sanitize clean` again."))
+        deleted = _delete(folder, problems) if repair else ()
+    return VerifyResult(
+        shards=len(run.shards),
+        samples=sum(marker.samples for marker in markers),
+        files=len(named),
+        problems=tuple(problem.text for problem in problems),
+        deleted=deleted,
+    )
 
 
-def _decisions(folder: ScanFolder) -> tuple[DecisionTable | None, list[str]]:
+def _delete(folder: ScanFolder, problems: Sequence[Problem]) -> tuple[str, ...]:
+    for problem in problems:
+        if problem.unsplit:
+            folder.write_marker(problem.unsplit.unsplit())
+    names = tuple(sorted({name for problem in problems for name in problem.delete}))
+    for name in names:
+        storage.delete(folder.at(name))
+    return names
+
+
+def _decisions(folder: ScanFolder) -> tuple[DecisionTable | None, list[Problem]]:
     """The decisions of a finished pass 2, and what is wrong with them."""
     summary = folder.summary()
     if summary is None:
@@ -56,46 +96,96 @@ def _decisions(folder: ScanFolder) -> tuple[DecisionTable | None, list[str]]:
     try:
         return folder.decisions(summary.decisions_sha256), []
     except RefusedError:
-        return None, ["decisions.parquet: missing or changed. Run `sanitize clean` again."]
+        text = "decisions.parquet: missing or changed. Run `sanitize clean` again."
+        return None, [Problem(text, ("decisions.parquet", "summary.json"))]
 
 
-def _file_problems(folder: ScanFolder, name: str, entry: WrittenFile) -> list[str]:
+def _shard_problems(
+    folder: ScanFolder, run: Run, marker: ShardMarker, table: DecisionTable | None, deep: bool
+) -> list[Problem]:
+    broken = [
+        problem for name, entry in marker.files.items() for problem in _file_problems(folder, marker, name, entry)
+    ]
+    problems = broken or list(_count_problems(folder, marker))
+    if table:
+        problems += _split_problems(marker, table)
+    if table and deep and not problems:
+        problems += _input_problems(folder, run, marker, table)
+    return problems
+
+
+def _score_again(marker: ShardMarker, text: str) -> Problem:
+    return Problem(text, (f"done/{marker.shard}.json", *marker.files))
+
+
+def _split_again(marker: ShardMarker, text: str) -> Problem:
+    return Problem(text, tuple(set(marker.files) - set(marker.unsplit().files)), marker)
+
+
+def _file_problems(folder: ScanFolder, marker: ShardMarker, name: str, entry: WrittenFile) -> list[Problem]:
     path = folder.at(name)
     if not storage.exists(path):
-        return [f"{name}: missing. Delete done/ of this shard and run the same command again."]
-    if storage.file_sha256(path) != entry.sha256:
-        return [
-            f"{name}: content differs from what was committed. Delete it and its marker in done/, then run the command again."
-        ]
-    return []
+        what = "missing"
+    elif storage.file_sha256(path) != entry.sha256:
+        what = "content differs from what was committed"
+    else:
+        return []
+    again = _score_again if name in marker.unsplit().files else _split_again
+    return [again(marker, f"{name}: {what}. {_repair(folder)}")]
 
 
-def _count_problems(folder: ScanFolder, marker: ShardMarker) -> list[str]:
+def _repair(folder: ScanFolder) -> str:
+    return f"Run `sanitize verify --repair {folder.path}`, then the same `sanitize scan` again."
+
+
+def _count_problems(folder: ScanFolder, marker: ShardMarker) -> Iterator[Problem]:
     table = score_table.read(folder.scores(marker.shard), ["shard"])
-    problems = []
     if len(table) != marker.samples:
-        problems.append(f"{marker.shard}: {len(table)} score rows for {marker.samples} samples.")
+        text = f"{marker.shard}: {len(table)} score rows for {marker.samples} samples. {_repair(folder)}"
+        yield _score_again(marker, text)
     if foreign := set(table.column("shard").unique().to_pylist()) - {marker.shard}:
-        problems.append(
-            f"{marker.shard}: its score table is that of {min(foreign)}. Delete done/{marker.shard}.json and scan again."
-        )
+        yield _score_again(marker, f"{marker.shard}: its score table is that of {min(foreign)}. {_repair(folder)}")
     if marker.clean is None:
-        return problems
+        return
     for part, expected in ((CLEAN, marker.clean.kept), (QUARANTINE, marker.clean.removed)):
         name = folder.tar_name(part, marker.shard)
         found = _samples_in(folder.at(name), marker.files[name].bytes) if name in marker.files else 0
         if part == QUARANTINE and marker.input.damage:
             expected = max(expected, found)  # readable members of a sample the damage cut in two are kept there as well
         if found != expected:
-            problems.append(f"{name}: holds {found} samples, {expected} were committed.")
-    return problems
+            yield _split_again(marker, f"{name}: holds {found} samples, {expected} were committed. {_repair(folder)}")
 
 
-def _split_problems(marker: ShardMarker, table: DecisionTable) -> list[str]:
+def _split_problems(marker: ShardMarker, table: DecisionTable) -> list[Problem]:
     decided = table.of(marker.shard).keep
     if marker.clean is None or marker.clean.decision != decision_identity(decided) or len(decided) != marker.samples:
-        return [f"{marker.shard}: not split as decisions.parquet says. Run `sanitize clean` again."]
+        return [Problem(f"{marker.shard}: not split as decisions.parquet says. Run `sanitize clean` again.")]
     return []
+
+
+def _input_problems(folder: ScanFolder, run: Run, marker: ShardMarker, table: DecisionTable) -> list[Problem]:
+    """What splitting the input once more would write differently."""
+    decided = table.of(marker.shard)
+    try:
+        scored = folder.scored_shard(run, marker, decided)
+        parts = split_shard(scored, decided.keep, lambda _: contextlib.nullcontext(storage.HashingWriter(_Nothing())))
+    except ShardError as error:
+        return [Problem(str(error))]
+    names = {True: folder.tar_name(CLEAN, marker.shard), False: folder.tar_name(QUARANTINE, marker.shard)}
+    expected = {names[keep]: WrittenFile(part.size, part.sha256()) for keep, part in parts.items()}
+    written = {name: entry for name, entry in marker.files.items() if name in names.values()}
+    differing = sorted(name for name in expected.keys() | written.keys() if expected.get(name) != written.get(name))
+    return [
+        _split_again(marker, f"{name}: is not what the input and the decisions give. {_repair(folder)}")
+        for name in differing
+    ]
+
+
+class _Nothing(io.BytesIO):
+    """Takes everything, keeps nothing."""
+
+    def write(self, data: Any) -> int:
+        return memoryview(data).nbytes
 
 
 def _samples_in(path: str, size: int) -> int:
