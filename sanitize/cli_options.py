@@ -47,7 +47,8 @@ def settings_of(section: str, config: str, settings: Sequence[str], options: dic
         raise ConfigError(
             f"{path}: unknown section {', '.join(map(repr, unknown))}. Known sections: fit, scan, finetune."
         )
-    values: dict[str, Any] = dict(file.get(section) or {})
+    values = file.get(section) or {}
+    check(isinstance(values, dict), f"{path}: {section} holds {values!r}, a block of settings was expected.")
     values = overlay(values, parse_settings(settings))
     values = overlay(values, {key: value for key, value in options.items() if value is not None})
     for name in ("shards", "validation", "triggered"):

@@ -69,6 +69,8 @@ class DecoderConfig:
     standardize_embedding: bool = True
 
     def __post_init__(self) -> None:
+        check(1 <= self.image_size <= 4096, f"decoder.image_size: {self.image_size} is not between 1 and 4096 pixels.")
+        check(1 <= self.width <= 16384, f"decoder.width: {self.width} is not between 1 and 16384.")
         check(
             self.patch_size >= 1 and self.image_size % self.patch_size == 0,
             f"decoder.patch_size: {self.patch_size} does not divide decoder.image_size {self.image_size}.",
@@ -77,7 +79,10 @@ class DecoderConfig:
             self.heads >= 1 and self.width % self.heads == 0,
             f"decoder.heads: {self.heads} does not divide decoder.width {self.width}.",
         )
-        check(self.encoder_depth >= 0 and self.decoder_depth >= 1, "decoder depths: encoder >= 0, decoder >= 1.")
+        check(
+            0 <= self.encoder_depth <= 256 and 1 <= self.decoder_depth <= 256,
+            "decoder depths: encoder 0 to 256, decoder 1 to 256.",
+        )
 
 
 @dataclass(frozen=True)

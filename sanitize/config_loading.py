@@ -17,10 +17,20 @@ T = TypeVar("T")
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # 1e-3: a number, which YAML 1.1 reads as text
 
 
+class _Loader(yaml.SafeLoader):
+    """Without aliases: a few hundred bytes of them unfold to gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, f"*{event.anchor}: write the value out", event.start_mark)
+        return super().compose_node(parent, index)
+
+
 def load_yaml(path: str) -> dict[str, Any]:
     try:
-        value = yaml.safe_load(storage.read_bytes(path))
-    except yaml.YAMLError as error:
+        value = yaml.load(storage.read_bytes(path), _Loader)  # noqa: S506 - a safe loader
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}). Correct that line.") from None
     check(isinstance(value, dict), f"{path}: holds {type(value).__name__}, settings were expected (key: value).")
     return typing.cast(dict[str, Any], value)

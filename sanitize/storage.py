@@ -128,7 +128,7 @@ def read_ahead(read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 def read_json(path: str) -> dict[str, Any]:
     try:
         value = json.loads(read_bytes(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StorageError(f"{path}: not valid JSON ({error}). Restore the file or write it again.") from None
     if not isinstance(value, dict):
         raise StorageError(f"{path}: holds {type(value).__name__}, a JSON object was expected.")

@@ -56,6 +56,25 @@ def test_fit_then_scan_are_whole_commands_with_a_config_file(sanitize, tmp_path,
     assert (code, "0 problems" in output) == (0, True)
 
 
+BAD_YAML = {
+    "a section that is text": ("scan: text", "sanitize.yaml: scan holds 'text', a block of settings was expected."),
+    "an alias, of which a few unfold to gigabytes": (
+        "scan: {a: &a [1], b: [*a, *a]}",
+        "sanitize.yaml: not valid YAML (*a: write the value out in",
+    ),
+    "a list inside a list, very often": ("[" * 20_000, "sanitize.yaml: not valid YAML (maximum recursion depth"),
+    "not text": ("scan: \0", "sanitize.yaml: not valid YAML ("),
+}
+
+
+@pytest.mark.parametrize("case", BAD_YAML)
+def test_a_configuration_that_cannot_be_read_is_one_line(sanitize, tmp_path, case):
+    text, words = BAD_YAML[case]
+    (tmp_path / "sanitize.yaml").write_text(text)
+    code, output = sanitize("scan", "shards/")
+    assert (code, words in output, output.count("\n")) == (2, True, 1), output[:500]
+
+
 @pytest.mark.parametrize("out", ["", "/"])
 @pytest.mark.parametrize("command", ["fit", "scan", "finetune"])
 def test_an_output_that_is_no_folder_of_its_own_is_refused(sanitize, encoder_yaml, command, out):

@@ -2,8 +2,7 @@
 
 import hashlib
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -11,17 +10,19 @@ import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sanitize import storage
 from sanitize.artifacts.run_record import library_versions
-from sanitize.config import DecoderConfig, EncoderSpec, perturbed_share
+from sanitize.config import SCORERS, DecoderConfig, EncoderSpec, check, perturbed_share
 from sanitize.config_loading import from_mapping, to_mapping
 from sanitize.errors import CheckpointError
 from sanitize.stages.clean_reference import CleanReference
 from sanitize.stages.decoder import Decoder
 from sanitize.stages.encoders import Encoder, load_encoder
 from sanitize.stages.images import DECODE_PATH
+from sanitize.stages.perturbations import PERTURBATIONS
 from sanitize.stages.scoring import References, Scorer
 from sanitize.stages.text import TextEncoder
 
@@ -42,6 +43,30 @@ class FitSummary:
     epochs: int
     loss_by_epoch: tuple[float, ...]
     calibration_score_quantiles: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Description:
+    """detector.json. sha256: of the other files."""
+
+    format_version: int
+    decode_path: str
+    encoder: EncoderSpec
+    encoder_fingerprint: str
+    decoder: DecoderConfig
+    embedding_size: int
+    scorer: str
+    mask_ratio: float
+    seed: int
+    summary: FitSummary
+    versions: dict[str, str]
+    sha256: dict[str, str]
+
+    def __post_init__(self) -> None:
+        check(self.scorer in SCORERS, f"scorer: {self.scorer!r} is not one of {', '.join(SCORERS)}.")
+        check(0 <= self.mask_ratio <= 1, f"mask_ratio: {self.mask_ratio} is not between 0 and 1.")
+        check(0 < self.embedding_size < 1 << 20, f"embedding_size: {self.embedding_size} is not between 1 and 2^20.")
+        check(0 <= self.seed < 1 << 63, f"seed: {self.seed} is not between 0 and 2^63.")
 
 
 @dataclass(frozen=True)
@@ -95,21 +120,21 @@ def save_detector(detector: Detector, folder: str) -> Detector:
     pq.write_table(pa.table(columns), sink)
     calibration = sink.getvalue().to_pybytes()
     storage.write_bytes(storage.join(folder, CALIBRATION), calibration)
-    description = {
-        "format_version": FORMAT_VERSION,
-        "decode_path": DECODE_PATH,
-        "encoder": to_mapping(detector.encoder),
-        "encoder_fingerprint": detector.encoder_fingerprint,
-        "decoder": to_mapping(detector.decoder.config),
-        "embedding_size": len(detector.decoder.embedding_mean),
-        "scorer": detector.scorer,
-        "mask_ratio": detector.mask_ratio,
-        "seed": detector.seed,
-        "summary": asdict(detector.summary),
-        "versions": library_versions(),
-        "sha256": {WEIGHTS: hashlib.sha256(weights).hexdigest(), CALIBRATION: hashlib.sha256(calibration).hexdigest()},
-    }
-    storage.write_json(storage.join(folder, DESCRIPTION), description)
+    description = Description(
+        format_version=FORMAT_VERSION,
+        decode_path=DECODE_PATH,
+        encoder=detector.encoder,
+        encoder_fingerprint=detector.encoder_fingerprint,
+        decoder=detector.decoder.config,
+        embedding_size=len(detector.decoder.embedding_mean),
+        scorer=detector.scorer,
+        mask_ratio=detector.mask_ratio,
+        seed=detector.seed,
+        summary=detector.summary,
+        versions=library_versions(),
+        sha256={WEIGHTS: hashlib.sha256(weights).hexdigest(), CALIBRATION: hashlib.sha256(calibration).hexdigest()},
+    )
+    storage.write_json(storage.join(folder, DESCRIPTION), to_mapping(description))
     return load_detector(folder)
 
 
@@ -126,24 +151,43 @@ def load_detector(folder: str) -> Detector:
             f"{path}: written by another version of sanitize (format {values.get('format_version')}, decode path "
             f"{values.get('decode_path')}; this one uses {FORMAT_VERSION}, {DECODE_PATH}). Run `sanitize fit` again."
         )
-    tensors = safetensors.torch.load(_checked(folder, WEIGHTS, values))
-    decoder = Decoder(from_mapping(DecoderConfig, values["decoder"], path), values["embedding_size"])
-    decoder.load_state_dict({n.removeprefix("decoder."): t for n, t in tensors.items() if n.startswith("decoder.")})
-    table = pq.read_table(pa.BufferReader(_checked(folder, CALIBRATION, values)))
-    columns = {ours: table.column(theirs).to_numpy() for theirs, ours in _CALIBRATION_COLUMNS.items()}
-    return Detector(
-        encoder=from_mapping(EncoderSpec, values["encoder"], path),
-        encoder_fingerprint=values["encoder_fingerprint"],
-        decoder=decoder.eval().requires_grad_(False),
-        references=References(tensors["references.mean"], tensors["references.mean_square"]),
-        clean_reference=_clean_reference(tensors),
-        scorer=values["scorer"],
-        mask_ratio=values["mask_ratio"],
-        seed=values["seed"],
-        summary=from_mapping(FitSummary, values["summary"], path),
-        fingerprint=storage.file_sha256(path),
-        **columns,
-    )
+    description = from_mapping(Description, values, path)
+    weights, calibration = (_checked(folder, name, description) for name in (WEIGHTS, CALIBRATION))
+    try:
+        tensors = safetensors.torch.load(weights)
+        table = pq.read_table(pa.BufferReader(calibration))
+        columns = {ours: table.column(theirs).to_numpy() for theirs, ours in _CALIBRATION_COLUMNS.items()}
+        detector = Detector(
+            encoder=description.encoder,
+            encoder_fingerprint=description.encoder_fingerprint,
+            decoder=_decoder(description, tensors),
+            references=References(tensors["references.mean"], tensors["references.mean_square"]),
+            clean_reference=_clean_reference(tensors),
+            scorer=description.scorer,
+            mask_ratio=description.mask_ratio,
+            seed=description.seed,
+            summary=description.summary,
+            fingerprint=storage.file_sha256(path),
+            **columns,
+        )
+        _require_usable(detector, description)
+    except (KeyError, TypeError, ValueError, RuntimeError, pa.ArrowException, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder}: no usable detector ({reason}). Run `sanitize fit` again.") from None
+    return detector
+
+
+def _decoder(description: Description, tensors: dict[str, Tensor]) -> Decoder:
+    """Built once it is known that the tensors of the file fill it: a description alone costs no memory."""
+    state = {n.removeprefix("decoder."): t for n, t in tensors.items() if n.startswith("decoder.")}
+    with torch.device("meta"):
+        wanted = Decoder(description.decoder, description.embedding_size).state_dict()
+    for name, tensor in wanted.items():
+        if name not in state or state[name].shape != tensor.shape:
+            raise ValueError(f"{WEIGHTS}: {name} of shape {tuple(tensor.shape)} is not in it")
+    decoder = Decoder(description.decoder, description.embedding_size)
+    decoder.load_state_dict(state)
+    return decoder.eval().requires_grad_(False)
 
 
 def _clean_reference(tensors: dict[str, Tensor]) -> CleanReference | None:
@@ -151,9 +195,37 @@ def _clean_reference(tensors: dict[str, Tensor]) -> CleanReference | None:
     return CleanReference(**found) if found else None
 
 
-def _checked(folder: str, name: str, values: dict[str, Any]) -> bytes:
+def _require_usable(detector: Detector, description: Description) -> None:
+    """Raises ValueError when shapes do not belong together or a number is not finite: it would leave every image without a score."""
+    side, embedding = description.decoder.image_size, description.embedding_size
+    references = detector.references
+    shapes: list[tuple[str, Tensor, tuple[int, ...]]] = [
+        ("references.mean", references.mean, (3, side, side)),
+        ("references.mean_square", references.mean_square, (3, side, side)),
+    ]
+    if reference := detector.clean_reference:
+        columns, known = len(PERTURBATIONS) + 2, len(reference.clean_embeddings)
+        shapes += [
+            ("clean.centre", reference.centre, (columns,)),
+            ("clean.precision", reference.precision, (columns, columns)),
+            ("clean.bank", reference.clean_embeddings, (max(known, 1), embedding)),
+        ]
+    elif detector.scorer == "reaction":
+        raise ValueError(f"{WEIGHTS}: the scorer reaction needs clean.centre")
+    for name, tensor, shape in shapes:
+        if tensor.dtype != torch.float32 or tensor.shape != shape:
+            raise ValueError(f"{WEIGHTS}: {name} is {tensor.dtype} {tuple(tensor.shape)}, float32 {shape} was expected")
+    numbers = [*(tensor for _, tensor, _ in shapes), *detector.decoder.state_dict().values()]
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in numbers):
+        raise ValueError(f"{WEIGHTS}: holds numbers that are not finite")
+    for scores in (detector.scores, detector.prescreen_scores):
+        if scores.dtype != np.float32 or not len(scores) or not np.isfinite(scores).all():
+            raise ValueError(f"{CALIBRATION}: holds no scores, or some that are not finite")
+
+
+def _checked(folder: str, name: str, description: Description) -> bytes:
     data = storage.read_bytes(storage.join(folder, name))
-    if hashlib.sha256(data).hexdigest() != values["sha256"][name]:
+    if hashlib.sha256(data).hexdigest() != description.sha256.get(name):
         raise CheckpointError(
             f"{folder}/{name}: does not match {DESCRIPTION} (changed or damaged). Run `sanitize fit` again."
         )
