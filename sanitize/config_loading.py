@@ -29,7 +29,7 @@ class _Loader(yaml.SafeLoader):
 
 def load_yaml(path: str) -> dict[str, Any]:
     try:
-        value = yaml.load(storage.read_bytes(path), _Loader)  # noqa: S506 - a safe loader
+        value = yaml.load(storage.read_bytes(path), _Loader)
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}). Correct that line.") from None
     check(isinstance(value, dict), f"{path}: holds {type(value).__name__}, settings were expected (key: value).")

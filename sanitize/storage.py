@@ -18,7 +18,7 @@ from typing import IO, Any, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from sanitize.errors import StorageError
+from sanitize.errors import SanitizeError, StorageError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -62,9 +62,26 @@ def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return fs, inner
 
 
+@contextlib.contextmanager
+def explain_read_errors(path: str) -> Iterator[None]:
+    """Whatever a device or a client of object storage lets out, as a StorageError; clients repeat throttled requests themselves."""
+    try:
+        yield
+    except SanitizeError:
+        raise
+    except Exception as error:
+        if is_local(path) and not isinstance(error, OSError):
+            raise
+        raise StorageError(
+            f"{path}: cannot be read ({error or type(error).__name__}). Check the device, the connection and your credentials, "
+            "then run the same command again."
+        ) from error
+
+
 def exists(path: str) -> bool:
-    fs, inner = filesystem(path)
-    return bool(fs.exists(inner))
+    with explain_read_errors(path):
+        fs, inner = filesystem(path)
+        return bool(fs.exists(inner))
 
 
 def open_read(path: str) -> IO[bytes]:
@@ -74,7 +91,11 @@ def open_read(path: str) -> IO[bytes]:
             _require_regular(local_path(path))
             return local_path(path).open("rb", buffering=1 << 20)
         fs, inner = filesystem(path)
-        file: IO[bytes] = fs.open(inner, "rb")
+        with explain_read_errors(path):
+            try:
+                file: IO[bytes] = fs.open(inner, "rb")
+            except FileNotFoundError:
+                raise StorageError(f"{path}: no such file. Check the path.") from None
         return file
     except FileNotFoundError:
         raise StorageError(f"{path}: no such file. Check the path.") from None
@@ -96,18 +117,19 @@ def _require_regular(path: Path) -> None:
 
 
 def read_bytes(path: str) -> bytes:
-    with open_read(path) as file:
+    with explain_read_errors(path), open_read(path) as file:
         return file.read()
 
 
 def read_range(path: str, start: int, size: int) -> bytes:
-    """In one request where the file is remote. Raises OSError or StorageError."""
-    if is_local(path):
-        with open_read(path) as file:
-            file.seek(start)
-            return file.read(size)
-    fs, inner = filesystem(path)
-    return bytes(fs.cat_file(inner, start=start, end=start + size))
+    """In one request where the file is remote."""
+    with explain_read_errors(path):
+        if is_local(path):
+            with open_read(path) as file:
+                file.seek(start)
+                return file.read(size)
+        fs, inner = filesystem(path)
+        return bytes(fs.cat_file(inner, start=start, end=start + size))
 
 
 def read_ahead(read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
@@ -142,7 +164,7 @@ def json_sha256(value: Any) -> str:
 
 def file_sha256(path: str) -> str:
     digest = hashlib.sha256()
-    with open_read(path) as file:
+    with explain_read_errors(path), open_read(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -211,7 +233,7 @@ def atomic_write(path: str) -> Iterator[HashingWriter]:
     Local: a temporary name in the same folder, flushed to the device, then renamed. Remote: written to a local
     temporary file, then put in one piece (object stores show an object only when its upload is complete).
     """
-    with explain_write_errors(path):
+    with explain_write_errors(path if is_local(path) else f"{tempfile.gettempdir()}, on the way to {path}"):
         if is_local(path):
             target = local_path(path)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -227,11 +249,21 @@ def atomic_write(path: str) -> Iterator[HashingWriter]:
                 partial.replace(target)
                 _flush_folder(target.parent)
             else:
-                fs, inner = filesystem(path)
-                fs.makedirs(inner.rsplit("/", 1)[0], exist_ok=True)
-                fs.put_file(str(partial), inner)
+                _put(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _put(file: Path, path: str) -> None:
+    fs, inner = filesystem(path)
+    try:
+        fs.makedirs(inner.rsplit("/", 1)[0], exist_ok=True)
+        fs.put_file(str(file), inner)
+    except Exception as error:  # clients of object storage have errors of their own
+        raise StorageError(
+            f"{path}: cannot be written ({error or type(error).__name__}). Check the connection and your credentials, then run the "
+            "same command again; finished files are kept."
+        ) from error
 
 
 def _flush_folder(folder: Path) -> None:
@@ -290,7 +322,8 @@ def list_files(folder: str, suffix: str) -> list[str]:
     """Paths below `folder`, relative to it, that end with `suffix`; sorted; hidden and unfinished files left out."""
     fs, inner = filesystem(folder)
     inner = inner.rstrip("/")
-    names = [name[len(inner) + 1 :] for name in fs.find(inner)]
+    with explain_read_errors(folder):
+        names = [name[len(inner) + 1 :] for name in fs.find(inner)]
     return sorted(n for n in names if n.endswith(suffix) and not any(p.startswith(".") for p in n.split("/")))
 
 

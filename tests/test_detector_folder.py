@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ from sanitize import storage
 from sanitize.artifacts.detector_folder import CALIBRATION, DESCRIPTION, WEIGHTS, load_detector
 from sanitize.errors import CheckpointError, SanitizeError
 
-ODD = (None, -1, 0, 2**70, 1e308, math.nan, True, "", "x", "../../x", [], [None], {}, {"a": 1}, [[[]]])
+ODD: tuple[Any, ...] = (None, -1, 0, 2**70, 1e308, math.nan, True, "", "x", "../../x", [], [None], {}, {"a": 1}, [[[]]])
 
 
 @pytest.fixture

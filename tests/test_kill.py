@@ -90,7 +90,8 @@ def test_a_scan_that_is_asked_to_stop_keeps_what_is_finished_and_leaves_nothing_
     command, tmp_path, workers, ended_by, word, code
 ):
     subprocess.run(command("whole", 0), check=True, capture_output=True)
-    process = subprocess.Popen(command("stopped", workers), stderr=subprocess.PIPE)
+    heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731 - a shell's background job ignores it
+    process = subprocess.Popen(command("stopped", workers), stderr=subprocess.PIPE, preexec_fn=heard)
     wait_for(lambda: finished(tmp_path / "stopped") >= 1, process)
     actors = actors_below(process.pid)
     asked = time.monotonic()

@@ -149,7 +149,9 @@ def test_an_error_leaves_no_table_and_is_the_one_that_is_raised(tmp_path, error)
 def test_a_damaged_table_says_what_to_do(tmp_path):
     data = written(tmp_path / "s.parquet", [table_of(3)])
     (tmp_path / "s.parquet").write_bytes(data[: len(data) // 2])
-    with pytest.raises(StorageError, match=r"s\.parquet: not a readable score table \(.*\)\. Delete it and scan again"):
+    with pytest.raises(
+        StorageError, match=r"s\.parquet: not a readable score table \(.*\)\. Run `sanitize verify --repair`, then"
+    ):
         read(str(tmp_path / "s.parquet"), ["score"])
 
 

@@ -49,7 +49,7 @@ class DecisionTable:
         self.path = path
         if expected_sha256 and (not storage.exists(path) or storage.file_sha256(path) != expected_sha256):
             raise RefusedError(self.foreign("its SHA-256 is not the one in summary.json"))
-        with storage.open_read(path) as file:
+        with storage.explain_read_errors(path), storage.open_read(path) as file:
             self._metadata = pq.read_metadata(file)  # grows with the shards; read once, not again for every shard
         self._groups: dict[str, list[int]] = {}  # shard → its row groups: they are written shard by shard
         for number in range(self._metadata.num_row_groups):
@@ -76,7 +76,7 @@ class DecisionTable:
         return self._read(list(range(self._metadata.num_row_groups)), names)
 
     def _read(self, groups: list[int], names: Sequence[str]) -> pa.Table:
-        with storage.open_read(self.path) as file:
+        with storage.explain_read_errors(self.path), storage.open_read(self.path) as file:
             return pq.ParquetFile(file, metadata=self._metadata).read_row_groups(groups, columns=list(names))
 
     def foreign(self, why: str) -> str:

@@ -121,7 +121,9 @@ def read(path: str, columns: Sequence[str]) -> pa.Table:
         try:
             return pq.read_table(file, columns=list(columns))
         except (pa.ArrowInvalid, OSError) as error:
-            raise StorageError(f"{path}: not a readable score table ({error}). Delete it and scan again.") from None
+            raise StorageError(
+                f"{path}: not a readable score table ({error}). Run `sanitize verify --repair`, then the same `sanitize scan` again."
+            ) from None
 
 
 def read_each(paths: Sequence[str], columns: Sequence[str]) -> Iterator[pa.Table]:
@@ -131,7 +133,7 @@ def read_each(paths: Sequence[str], columns: Sequence[str]) -> Iterator[pa.Table
 
 def count_rows(path: str) -> int:
     """Of one score file, by its footer."""
-    with storage.open_read(path) as file:
+    with storage.explain_read_errors(path), storage.open_read(path) as file:
         return int(pq.read_metadata(file).num_rows)
 
 

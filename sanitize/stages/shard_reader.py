@@ -121,6 +121,13 @@ class ShardReader:
         if pending is not None and pending.members[-1].end <= self._shard.size:
             yield self._finished(pending)
         self.sha256 = self._file.sha256()
+        if (
+            self._with_images and self.bytes_read != self._shard.size
+        ):  # else a cut connection would look like a damaged tail
+            raise ShardError(
+                f"{self._shard.url}: {self.bytes_read} bytes were read, its size was {self._shard.size}: the connection was cut, or "
+                "the file changed meanwhile. Run the same command again."
+            )
 
     @property
     def bytes_read(self) -> int:

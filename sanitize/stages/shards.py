@@ -55,7 +55,7 @@ def _list_one(url: str, leave_out: str) -> list[Shard]:
     url = storage.absolute(url)
     fs, inner = storage.filesystem(url)
     protocol = "" if storage.is_local(url) else url.split("://", 1)[0] + "://"
-    try:
+    with storage.explain_read_errors(url):
         if any(character in inner for character in "*?[") and not fs.exists(inner):
             root = re.split(r"[*?\[]", inner, maxsplit=1)[0].rsplit("/", 1)[0]
             found = fs.glob(inner, detail=True)
@@ -65,8 +65,6 @@ def _list_one(url: str, leave_out: str) -> list[Shard]:
             root, found = inner.rsplit("/", 1)[0], {inner: {"size": _size(fs, inner)}}
         else:
             raise ConfigError(f"{url}: no such file or folder. Check the path; a folder means every .tar below it.")
-    except PermissionError:
-        raise StorageError(f"{url}: no permission to read. Check the owner and mode of the folder.") from None
     written = _written_below(root, protocol, leave_out)
     sizes = {
         path: int(info["size"] or 0)
@@ -125,7 +123,7 @@ def head_tail_sha256(shard: Shard, span: int = 1 << 16) -> str:
         head = storage.read_range(shard.url, 0, span)
         tail = storage.read_range(shard.url, max(0, shard.size - span), span)
         return hashlib.sha256(b"%d|" % shard.size + head + tail).hexdigest()
-    except (StorageError, OSError):
+    except StorageError:
         return UNREADABLE
 
 
