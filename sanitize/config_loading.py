@@ -1,6 +1,7 @@
 """Strict loading: YAML files and plain values into the dataclasses of `config`, and back."""
 
 import dataclasses
+import math
 import re
 import types
 import typing
@@ -14,17 +15,28 @@ from sanitize.config import EncoderSpec, check
 from sanitize.errors import ConfigError
 
 T = TypeVar("T")
+MAX_SETTINGS = 100_000
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # 1e-3: a number, which YAML 1.1 reads as text
 
 
 class _Loader(yaml.SafeLoader):
-    """Without aliases: a few hundred bytes of them unfold to gigabytes."""
+    """Aliases may unfold to MAX_SETTINGS values and no more: a few hundred bytes of them can mean gigabytes."""
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.composer.ComposerError(None, None, f"*{event.anchor}: write the value out", event.start_mark)
-        return super().compose_node(parent, index)
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node and _unfolded(node, {}) > MAX_SETTINGS:
+            raise yaml.composer.ComposerError(problem=f"its aliases unfold to more than {MAX_SETTINGS} values")
+        return node
+
+
+def _unfolded(node: Any, sizes: dict[int, float]) -> float:
+    """Number of nodes with every alias written out; infinite for one that holds itself."""
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
+        sizes[id(node)] = 1 + sum(_unfolded(part, sizes) for part in parts)
+    return sizes[id(node)]
 
 
 def load_yaml(path: str) -> dict[str, Any]:

@@ -58,10 +58,11 @@ def test_fit_then_scan_are_whole_commands_with_a_config_file(sanitize, tmp_path,
 
 BAD_YAML = {
     "a section that is text": ("scan: text", "sanitize.yaml: scan holds 'text', a block of settings was expected."),
-    "an alias, of which a few unfold to gigabytes": (
-        "scan: {a: &a [1], b: [*a, *a]}",
-        "sanitize.yaml: not valid YAML (*a: write the value out in",
+    "aliases that unfold to gigabytes": (
+        "scan:\n  a0: &a0 [1]\n" + "".join(f"  a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 9)}]\n" for n in range(9)),
+        "sanitize.yaml: not valid YAML (its aliases unfold to more than 100000 values). Correct",
     ),
+    "a list that holds itself": ("scan: &a [*a]", "its aliases unfold to more than 100000 values"),
     "a list inside a list, very often": ("[" * 20_000, "sanitize.yaml: not valid YAML (maximum recursion depth"),
     "not text": ("scan: \0", "sanitize.yaml: not valid YAML ("),
 }

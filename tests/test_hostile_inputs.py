@@ -127,6 +127,13 @@ def test_a_member_of_size_minus_one_hides_nothing(tmp_path, scan_config):
     assert {m[0].split(".")[0] for m in members(tmp_path / "scanned" / "clean" / "s.tar")} == {"a"}
 
 
+def test_an_empty_image_at_the_end_is_a_row_and_its_shard_is_split(tmp_path, scan_config):
+    write_tar(tmp_path / "in" / "s.tar", [*image_members(["a", "b"]), ("c.png", b"")])
+    result = scan(scan_config(tmp_path / "in", policy=ALL))
+    assert (result.unscored, result.cleaned.failed) == (1, ())
+    assert [name for name, _, _ in members(tmp_path / "scanned" / "quarantine" / "s.tar")] == ["c.png"]
+
+
 def test_every_reader_sees_the_same_samples_in_a_clean_tar(shards, scan_config, tmp_path):
     write_tar(shards / "long.tar", image_members([f"{'folder/' * 20}k{i}" for i in range(6)]), tarfile.PAX_FORMAT)
     scan(scan_config(shards, policy=ThresholdPolicy("fraction", fraction=0.3)))

@@ -65,7 +65,8 @@ def _plan(scored: ScoredShard, keep: NDArray[np.bool_]) -> CopyPlan:
                     add(position, member.start, False)  # loose members
                 add(member.start, member.end, bool(keep[sample.index]))
                 position = member.end
-            if (image := reader.image_of(sample)) and (expected := scored.image_sha256[sample.index]):
+            image, expected = reader.image_of(sample), scored.image_sha256[sample.index]
+            if image and image.size and expected:
                 plan.images.append((image.data, image.data + image.size, expected))
         if reader.readable_end > position:
             add(position, reader.readable_end, False)
