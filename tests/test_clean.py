@@ -1,5 +1,7 @@
 """Pass 2: thresholds, decisions, splitting again, verify."""
 
+from pathlib import Path
+
 import pyarrow.parquet as pq
 import pytest
 from builders import members, tree_bytes
@@ -65,6 +67,20 @@ def test_a_shard_changed_after_its_scan_is_not_split(shards, scan_config, tmp_pa
         "changed after it was scored. Scan it again into another --out."
     ]
     assert not (tmp_path / "scanned" / "clean" / "part-0002.tar").exists()
+
+
+def test_without_its_detector_a_scan_can_be_split_by_other_policies(shards, scan_config, tmp_path):
+    config = scan_config(shards, scores_only=True)
+    scan(config)
+    Path(config.detector).rename(tmp_path / "away")
+    try:
+        with pytest.raises(
+            RefusedError, match=r"is gone, and fdr compares .* use --policy fraction, absolute or robust"
+        ):
+            clean(str(tmp_path / "scanned"), ThresholdPolicy("fdr"))
+        assert clean(str(tmp_path / "scanned"), ThresholdPolicy("fraction", fraction=0.1)).removed == 5
+    finally:
+        (tmp_path / "away").rename(config.detector)
 
 
 def test_verify_names_every_changed_byte(shards, scan_config, tmp_path):

@@ -52,6 +52,15 @@ def test_shards_without_captions_say_so(finetune_config, labelled_shards, tiny_c
         finetune(finetune_config(mode="contrastive", encoder=tiny_clip_spec))
 
 
+def test_one_odd_label_does_not_make_a_hundred_million_classes(finetune_config, tmp_path):
+    members = [("a.png", encoded(random_image(0))), ("a.cls", b"99999999")]
+    shard = write_tar(tmp_path / "in" / "s.tar", members)
+    with pytest.raises(
+        ConfigError, match=r"classes: a sample has the label 99999999, .* 100000 are the limit\. Number the classes"
+    ):
+        finetune(finetune_config(shards=(str(shard),)))
+
+
 def test_a_class_count_that_does_not_fit_says_so(finetune_config, validation, tmp_path):
     with pytest.raises(
         ConfigError, match=r"classes: a sample has the label 2, but there are 2 classes \(labels 0 to 1\)"

@@ -53,6 +53,13 @@ def test_two_inputs_with_one_name_are_refused(tmp_path):
         list_shards([f"{tmp_path}/a", f"{tmp_path}/b"])
 
 
+def test_patterns_that_overlap_name_a_shard_once(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "s.tar").write_bytes(b"x")
+    found = list_shards([str(tmp_path), f"{tmp_path}/a", f"{tmp_path}/a/s.tar", f"{tmp_path}/{{a,a}}/*.tar"])
+    assert [shard.stem for shard in found] == ["a/s"]
+
+
 def test_a_missing_folder_says_so(tmp_path):
     with pytest.raises(ConfigError, match="nowhere: no such file or folder. Check the path"):
         list_shards([str(tmp_path / "nowhere")])

@@ -112,6 +112,11 @@ def _detector(out: str, run: Run, policy: ThresholdPolicy) -> Detector | None:
     """Only the policies that compare with its null scores need the detector folder."""
     if policy.policy not in ("calibrated", "fdr"):
         return None
+    if not storage.exists(run.detector):
+        raise RefusedError(
+            f"{run.detector}: is gone, and {policy.policy} compares with its scores. Restore it, or use --policy fraction, absolute or "
+            "robust."
+        )
     detector = load_detector(run.detector)
     if detector.fingerprint != run.detector_fingerprint:
         raise RefusedError(

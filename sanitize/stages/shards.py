@@ -31,10 +31,13 @@ def list_shards(patterns: Sequence[str], leave_out: str = "") -> list[Shard]:
     if isinstance(patterns, str):  # a str is a sequence of str: every letter would be looked for
         raise ConfigError(f"shards: {patterns!r} is one text, a list of paths was expected. Write ({patterns!r},).")
     found: dict[str, Shard] = {}
-    for pattern in patterns:
-        for shard in [shard for url in _expanded(pattern) for shard in _list_one(url, leave_out)]:
+    listed = [shard for pattern in patterns for url in _expanded(pattern) for shard in _list_one(url, leave_out)]
+    urls = set[str]()
+    for shard in listed:
+        if shard.url not in urls:  # patterns may overlap; the first one names the shard
+            urls.add(shard.url)
             other = found.setdefault(shard.stem, shard)
-            if other.url != shard.url:
+            if other is not shard:
                 raise ConfigError(
                     f"{other.url} and {shard.url} would both write {shard.stem}.parquet. "
                     "Give their common parent folder, so that sub-folders keep them apart, or scan them into two folders."
@@ -67,7 +70,7 @@ def _list_one(url: str, leave_out: str) -> list[Shard]:
             raise ConfigError(f"{url}: no such file or folder. Check the path; a folder means every .tar below it.")
     written = _written_below(root, protocol, leave_out)
     sizes = {
-        path: int(info["size"] or 0)
+        path: int(_size(fs, path) if info["size"] is None else info["size"])  # a web page lists names alone
         for path, info in sorted(found.items())
         if (path.endswith(".tar") or path == inner)
         and not path.rsplit("/", 1)[-1].startswith(".")
@@ -79,7 +82,7 @@ def _list_one(url: str, leave_out: str) -> list[Shard]:
         )
     return [
         Shard(
-            url=protocol + path.removeprefix("/" if protocol else ""),
+            url=path if "://" in path else protocol + path.removeprefix("/" if protocol else ""),
             stem=path[len(root) :].lstrip("/").removesuffix(".tar"),
             size=size,
         )

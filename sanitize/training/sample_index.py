@@ -18,6 +18,8 @@ from sanitize.stages.shard_reader import ShardReader
 from sanitize.stages.shards import open_shard, printable, read_block
 from sanitize.training.labels import MAX_LABEL_BYTES, label_of, split_label_member
 
+MAX_CLASSES = 100_000  # unless they are named: one odd label must not fill the memory
+
 
 @dataclass(frozen=True)
 class SampleIndex:
@@ -137,5 +139,10 @@ def class_count(names: Sequence[str], labels: NDArray[np.int64], setting: str) -
         raise ConfigError(
             f"{setting}: a sample has the label {largest}, but there are {len(names)} classes (labels 0 to {len(names) - 1}). "
             "Correct `classes`, or the labels."
+        )
+    if not names and largest >= MAX_CLASSES:
+        raise ConfigError(
+            f"{setting}: a sample has the label {largest}, which would make as many classes; {MAX_CLASSES} are the limit. Number "
+            "the classes from 0, or name them all in `classes`."
         )
     return len(names) or largest + 1
