@@ -16,29 +16,30 @@ def refuse_other_run(folder: str, name: str, identity: dict[str, Any], what: str
 
     identity: what makes the run this run (plain values); keys that only the file has do not matter, so the file of an older version
     stays valid when a setting leaves the identity. what: the folder's content in words, with an article.
-    inputs: keys of `identity` that hold hashes of shards by stem; "" = it could not be read, and is compared by name alone.
-    An older file may lack them.
+    inputs: keys of `identity` that hold hashes of shards by stem; "" = it could not be read, and is compared by name alone; once it
+    can be, its hash is added. An older file may lack them.
     """
     storage.remove_partials(folder)
     path = storage.join(folder, name)
     if not storage.exists(path):
         return False
-    before = storage.read_json(path)
-    now = json.loads(json.dumps(identity))
-    same = {
-        key: _same_shards(now[key], before[key]) if key in inputs else now[key] == before.get(key)
-        for key in now
-        if key in before or key not in inputs
-    }
-    if changed := sorted(key for key, equal in same.items() if not equal):
+    recorded, now = storage.read_json(path), json.loads(json.dumps(identity))
+    before = dict(recorded)
+    for key in set(inputs) & recorded.keys():
+        now[key], before[key] = _known(now[key], recorded[key]), _known(recorded[key], now[key])
+    compared = [key for key in now if key in before or key not in inputs]
+    if changed := sorted(key for key in compared if now[key] != before.get(key)):
         raise RefusedError(
             f"{folder}: holds {what} that differs in {', '.join(changed)}. Give another --out, or delete the folder to start again."
         )
+    if before != recorded:
+        storage.write_json(path, before)
     return True
 
 
-def _same_shards(now: dict[str, str], before: dict[str, str]) -> bool:
-    return now.keys() == before.keys() and all("" in (now[s], before[s]) or now[s] == before[s] for s in now)
+def _known(hashes: dict[str, str], others: dict[str, str]) -> dict[str, str]:
+    """`hashes`, and from `others` those that are missing ("")."""
+    return {stem: found or others.get(stem, "") for stem, found in hashes.items()}
 
 
 def claim_folder(folder: str, name: str, identity: dict[str, Any], what: str, inputs: Sequence[str] = ()) -> None:
