@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -58,6 +59,13 @@ def test_patterns_that_overlap_name_a_shard_once(tmp_path):
     (tmp_path / "a" / "s.tar").write_bytes(b"x")
     found = list_shards([str(tmp_path), f"{tmp_path}/a", f"{tmp_path}/a/s.tar", f"{tmp_path}/{{a,a}}/*.tar"])
     assert [shard.stem for shard in found] == ["a/s"]
+
+
+@pytest.mark.parametrize(("name", "shown"), [(b"\xff.tar", r"\\xff"), (b"a\x1b[2J.tar", r"a\\x1b\[2J")])
+def test_a_name_that_cannot_be_shown_or_stored_is_refused(tmp_path, name, shown):
+    (tmp_path / os.fsdecode(name)).write_bytes(b"x")
+    with pytest.raises(ConfigError, match=shown + r"\.tar: its name holds control characters or is not UTF-8\. Rename"):
+        list_shards([str(tmp_path)])
 
 
 def test_a_missing_folder_says_so(tmp_path):

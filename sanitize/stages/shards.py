@@ -80,6 +80,8 @@ def _list_one(url: str, leave_out: str) -> list[Shard]:
         raise ConfigError(
             f"{url}: no .tar file found. Give a folder with WebDataset shards, or a glob that matches some."
         )
+    if odd := [path for path in sizes if printable(path) != path]:
+        raise ConfigError(f"{printable(odd[0])}: its name holds control characters or is not UTF-8. Rename it.")
     return [
         Shard(
             url=path if "://" in path else protocol + path.removeprefix("/" if protocol else ""),
