@@ -14,6 +14,15 @@ def removed(policy: ThresholdPolicy, scores=SCORES, calibration=CALIBRATION):
     return ~keep(scores, threshold_for(scores, calibration, policy))
 
 
+@pytest.mark.parametrize("count", [9, 19, 99, 199, 999])
+def test_fdr_acts_at_exactly_its_rate(count):
+    """All above all of `count` clean images: every p-value is 1 / (count + 1), which float32 may round up."""
+    calibration = np.linspace(1, 2, count, dtype=np.float32)
+    scores = np.linspace(3, 4, 50, dtype=np.float32)
+    assert removed(ThresholdPolicy("fdr", fpr=1 / (count + 1)), scores, calibration).all()
+    assert not removed(ThresholdPolicy("fdr", fpr=0.99 / (count + 1)), scores, calibration).any()
+
+
 def test_p_value_is_the_plain_loop():
     expected = [(1 + sum(c >= s for c in CALIBRATION)) / 1000 for s in SCORES[:50]]
     assert p_values(SCORES[:50], CALIBRATION) == pytest.approx(expected)

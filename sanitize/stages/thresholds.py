@@ -15,8 +15,12 @@ MAD_TO_DEVIATION = 1.4826  # of a Gaussian
 
 def p_values(scores: Floats, calibration: Floats) -> Floats:
     """(1 + #{calibration >= score}) / (n + 1), (N,) float32; calibration (n,) sorted upwards; NaN stays NaN."""
+    return _p_values(scores, calibration).astype(np.float32)
+
+
+def _p_values(scores: Floats, calibration: Floats) -> NDArray[np.float64]:
     at_least = len(calibration) - np.searchsorted(calibration, scores, side="left")
-    return np.where(np.isnan(scores), np.nan, (1 + at_least) / (len(calibration) + 1)).astype(np.float32)
+    return np.where(np.isnan(scores), np.nan, (1 + at_least) / (len(calibration) + 1))
 
 
 def threshold_for(scores: Floats, calibration: Floats, policy: ThresholdPolicy) -> float:
@@ -52,7 +56,9 @@ def _conformal(calibration: Floats, fpr: float) -> float:
 
 
 def _benjamini_hochberg(finite: Floats, calibration: Floats, rate: float) -> float:
-    kept = finite[false_discovery_control(p_values(finite, calibration).astype(np.float64)) > rate]
+    kept = finite[
+        false_discovery_control(_p_values(finite, calibration)) > rate * (1 + 1e-9)
+    ]  # reached exactly: removed
     if len(kept) == len(finite):
         return math.inf
     return float(kept.max()) if len(kept) else -math.inf
