@@ -16,8 +16,8 @@ def refuse_other_run(folder: str, name: str, identity: dict[str, Any], what: str
 
     identity: what makes the run this run (plain values); keys that only the file has do not matter, so the file of an older version
     stays valid when a setting leaves the identity. what: the folder's content in words, with an article.
-    inputs: keys of `identity` that hold hashes of shards by stem; "" = it could not be read, and is compared by name alone; once it
-    can be, its hash is added. An older file may lack them.
+    inputs: keys of `identity` that hold shards by stem; "" or 0 in one = it could not be read, and is not compared; once it can be,
+    it is added. An older file may lack them.
     """
     storage.remove_partials(folder)
     path = storage.join(folder, name)
@@ -37,15 +37,23 @@ def refuse_other_run(folder: str, name: str, identity: dict[str, Any], what: str
     return True
 
 
-def _known(hashes: dict[str, str], others: dict[str, str]) -> dict[str, str]:
-    """`hashes`, and from `others` those that are missing ("")."""
-    return {stem: found or others.get(stem, "") for stem, found in hashes.items()}
+def _known(value: Any, other: Any) -> Any:
+    """`value`, and from `other` what is missing in it ("" or 0), at any depth."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        return {name: _known(inner, other.get(name)) for name, inner in value.items()}
+    return value or other or value
 
 
 def claim_folder(folder: str, name: str, identity: dict[str, Any], what: str, inputs: Sequence[str] = ()) -> None:
     """Make `folder` this run's, or check that it is. Raises RefusedError when it is another's."""
     if not refuse_other_run(folder, name, identity, what, inputs):
         storage.write_json(storage.join(folder, name), identity)
+
+
+def remove_scaffolding(folder: str) -> None:
+    """What only served to get to the result; a kill may have left it beside that."""
+    for name in ("cache", "training"):
+        storage.remove_folder(storage.join(folder, name))
 
 
 def library_versions() -> dict[str, str]:

@@ -123,16 +123,6 @@ class Summary:
     decisions_sha256: str = ""
 
 
-def _with_known_hashes(run: Run, other: Run) -> Run:
-    """`run` with the hashes that only `other` knows, of the same shards."""
-    shards = dict(run.shards)
-    for stem, entry in run.shards.items():
-        known = other.shards.get(stem)
-        if not entry.head_tail_sha256 and known and known.url == entry.url:
-            shards[stem] = known
-    return dataclasses.replace(run, shards=shards)
-
-
 def decision_identity(keep: NDArray[np.bool_]) -> str:
     """Of the decisions (N,) of one shard: equal identities give equal clean and quarantine tars."""
     return hashlib.sha256(b"%d|" % len(keep) + np.packbits(keep).tobytes()).hexdigest()[:32]
@@ -154,12 +144,7 @@ class ScanFolder:
 
         A shard that could not be read on one of the two occasions is known by its name.
         """
-        if storage.exists(self.at("run.json")):
-            run = _with_known_hashes(run, before := self.run())
-            known = _with_known_hashes(before, run)
-            if known != before:
-                storage.write_json(self.at("run.json"), to_mapping(known))
-        run_record.claim_folder(self.path, "run.json", to_mapping(run), "a scan")
+        run_record.claim_folder(self.path, "run.json", to_mapping(run), "a scan", inputs=("shards",))
 
     def run(self) -> Run:
         """Raises ConfigError when there is no scan."""
@@ -177,13 +162,12 @@ class ScanFolder:
     def scores(self, stem: str) -> str:
         return self.at(self.scores_name(stem))
 
-    def tar_name(self, part: str, stem: str) -> str:
-        """part: CLEAN or QUARANTINE"""
-        return f"{part}/{stem}.tar"
+    def part_names(self, stem: str) -> dict[bool, str]:
+        """Of the tars that pass 2 may write for a shard: of what is kept, of the rest."""
+        return {True: f"{CLEAN}/{stem}.tar", False: f"{QUARANTINE}/{stem}.tar"}
 
     def tars(self, stem: str) -> list[str]:
-        """The paths that pass 2 may write for a shard."""
-        return [self.at(self.tar_name(part, stem)) for part in (CLEAN, QUARANTINE)]
+        return [self.at(name) for name in self.part_names(stem).values()]
 
     def scored(self) -> set[str]:
         """Stems of the shards that have a marker; one listing."""

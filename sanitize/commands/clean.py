@@ -20,8 +20,6 @@ from sanitize.artifacts.decisions import Decisions
 from sanitize.artifacts.detector_folder import Detector, load_detector
 from sanitize.artifacts.folder_lock import folder_lock
 from sanitize.artifacts.scan_folder import (
-    CLEAN,
-    QUARANTINE,
     Run,
     ScanFolder,
     ShardMarker,
@@ -84,15 +82,11 @@ def decide_and_split(
     kept = thresholds.keep(scores, threshold, policy.keep_unscored)
     _refuse_to_remove_most(scores, kept, force)
     folder.delete_summary()
-    keeps = np.split(kept, np.cumsum([len(part) for part in deciding])[:-1])
+    kept_of = dict(zip(markers, np.split(kept, np.cumsum([len(part) for part in deciding])[:-1]), strict=False))
     tables = score_table.read_each(paths, ["shard", "key", "index", "status", "reason"])
-    rows = (
-        _decide(*shard, threshold) for shard in zip(tables, deciding, keeps, strict=False)
-    )  # lazily, none without a shard
+    rows = (_decide(*shard, threshold) for shard in zip(tables, deciding, kept_of.values(), strict=True))
     committed = decisions.write_decisions(folder.decisions_path, rows)
-    todo = [
-        s for s, keep in zip(scored, keeps, strict=False) if not _is_split(markers[s.stem], decision_identity(keep))
-    ]
+    todo = [shard for shard in scored if not _is_split(markers[shard.stem], decision_identity(kept_of[shard.stem]))]
     task = SplitTask(storage.absolute(out))
     resources = resources or runtime.plan(0, 0, -1, len(scored))
     failed = []
@@ -222,7 +216,7 @@ def _split(folder: ScanFolder, run: Run, shard: Shard, decided: Decisions, progr
         folder.write_marker(marker)
     for path in folder.tars(shard.stem):
         storage.delete(path)
-    names = {True: folder.tar_name(CLEAN, shard.stem), False: folder.tar_name(QUARANTINE, shard.stem)}
+    names = folder.part_names(shard.stem)
     parts = split_shard(
         folder.scored_shard(run, marker, decided),
         decided.keep,

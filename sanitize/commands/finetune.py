@@ -89,7 +89,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         _refuse_other_run(config.out, run)
         if storage.exists(storage.join(config.out, "finetune.json")):
             log.info("%s holds this training already", config.out)
-            _remove_scaffolding(config.out)
+            run_record.remove_scaffolding(config.out)
             return _result(config)
         resources = runtime.plan(
             config.workers, config.cpus_per_worker, config.gpus_per_worker, len(sets["shards"]), config.address
@@ -281,14 +281,8 @@ def _finish(
         "versions": run_record.library_versions(),
     }
     storage.write_json(storage.join(config.out, "finetune.json"), values)
-    _remove_scaffolding(config.out)
+    run_record.remove_scaffolding(config.out)
     return _result(config)
-
-
-def _remove_scaffolding(out: str) -> None:
-    """What only served to get there; a kill may have left it beside the finished training."""
-    for folder in ("cache", "training"):
-        storage.remove_folder(storage.join(out, folder))
 
 
 def _result(config: FinetuneConfig) -> FinetuneResult:

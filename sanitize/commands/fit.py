@@ -33,7 +33,7 @@ from sanitize.training.embedding_cache import EmbedTask, load_embeddings
 
 log = logging.getLogger(__name__)
 REFERENCE_IMAGES = (
-    2000  # training images behind the centre and covariance of clean statistics, and as many clean embeddings
+    2000  # training images behind centre and covariance of clean statistics, and as many clean embeddings
 )
 RECONSTRUCTIONS = 64  # of other embeddings, behind `error_reference`
 MIN_IMAGES = 32
@@ -52,7 +52,7 @@ def fit(config: FitConfig) -> Detector:
         )
         if storage.exists(storage.join(config.out, DESCRIPTION)):
             log.info("%s holds this detector already", config.out)
-            _remove_scaffolding(config.out)
+            run_record.remove_scaffolding(config.out)
             return load_detector(config.out)
         resources = runtime.plan(
             config.workers, config.cpus_per_worker, config.gpus_per_worker, len(shards), config.address
@@ -75,15 +75,9 @@ def fit(config: FitConfig) -> Detector:
         image = storage.join(config.out, "reconstructions.png")
         plots.write_reconstructions(image, held_out.images, reconstructions, scores)
         saved = save_detector(detector, config.out)
-        _remove_scaffolding(config.out)
+        run_record.remove_scaffolding(config.out)
         log.info("detector written to %s", config.out)
         return saved
-
-
-def _remove_scaffolding(out: str) -> None:
-    """What only served to get there; a kill may have left it beside the finished detector."""
-    for folder in ("cache", "training"):
-        storage.remove_folder(storage.join(out, folder))
 
 
 def _identity(config: FitConfig, fingerprint: str, shards: list[Shard]) -> dict[str, Any]:

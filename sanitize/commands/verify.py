@@ -10,8 +10,6 @@ from sanitize import storage
 from sanitize.artifacts.decisions import DecisionTable
 from sanitize.artifacts.folder_lock import folder_lock
 from sanitize.artifacts.scan_folder import (
-    CLEAN,
-    QUARANTINE,
     Run,
     ScanFolder,
     ShardMarker,
@@ -147,10 +145,10 @@ def _count_problems(folder: ScanFolder, marker: ShardMarker) -> Iterator[Problem
         yield _score_again(marker, f"{marker.shard}: its score table is that of {min(foreign)}. {_repair(folder)}")
     if marker.clean is None:
         return
-    for part, expected in ((CLEAN, marker.clean.kept), (QUARANTINE, marker.clean.removed)):
-        name = folder.tar_name(part, marker.shard)
+    for keep, name in folder.part_names(marker.shard).items():
+        expected = marker.clean.kept if keep else marker.clean.removed
         found = _samples_in(folder.at(name), marker.files[name].bytes) if name in marker.files else 0
-        if part == QUARANTINE and marker.input.damage:
+        if not keep and marker.input.damage:
             expected = max(expected, found)  # readable members of a sample the damage cut in two are kept there as well
         if found != expected:
             yield _split_again(marker, f"{name}: holds {found} samples, {expected} were committed. {_repair(folder)}")
@@ -171,7 +169,7 @@ def _input_problems(folder: ScanFolder, run: Run, marker: ShardMarker, table: De
         parts = split_shard(scored, decided.keep, lambda _: contextlib.nullcontext(storage.HashingWriter(_Nothing())))
     except ShardError as error:
         return [Problem(str(error))]
-    names = {True: folder.tar_name(CLEAN, marker.shard), False: folder.tar_name(QUARANTINE, marker.shard)}
+    names = folder.part_names(marker.shard)
     expected = {names[keep]: WrittenFile(part.size, part.sha256()) for keep, part in parts.items()}
     written = {name: entry for name, entry in marker.files.items() if name in names.values()}
     differing = sorted(name for name in expected.keys() | written.keys() if expected.get(name) != written.get(name))

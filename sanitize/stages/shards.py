@@ -127,6 +127,8 @@ def head_tail_sha256(shard: Shard, span: int = 1 << 16) -> str:
     try:
         head = storage.read_range(shard.url, 0, span)
         tail = storage.read_range(shard.url, max(0, shard.size - span), span)
+        if len(head) < min(span, shard.size) or len(tail) < min(span, shard.size):
+            return UNREADABLE  # the connection was cut
         return hashlib.sha256(b"%d|" % shard.size + head + tail).hexdigest()
     except StorageError:
         return UNREADABLE
