@@ -215,13 +215,19 @@ def _run(function: ShardFunction[R], shard: Shard, progress: ProgressCallback) -
 class _Worker:
     """The actor. Two threads of control: one works, one answers `progress`."""
 
-    def __init__(self, task: Task[Any], threads: int) -> None:
+    def __init__(self, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._function = task.start(threads)
+        self._threads = threads
+        self._function: ShardFunction[Any] | None = None
         self._progress = ShardProgress()
 
-    def run(self, shard: Shard) -> Outcome[Any]:
+    def run(self, shared: list[Any], shard: Shard) -> Outcome[Any]:
+        """shared: the task, in Ray's store; in a list, so that it is fetched for the first shard only."""
+        import ray
+
         self._progress = ShardProgress()
+        if self._function is None:
+            self._function = ray.get(shared[0]).start(self._threads)
         return _run(self._function, shard, self._note)
 
     def _note(self, samples: int, flagged: int, size: int) -> None:
@@ -241,8 +247,9 @@ def _map_on_ray(
     options |= {"max_restarts": RETRIES, "max_task_retries": RETRIES}
     worker = ray.remote(_Worker).options(**options)
     count = min(resources.workers, len(shards))
-    shared = ray.put(task)  # once, whatever it holds
-    idle: list[Any] = [worker.remote(shared, resources.cpus) for _ in range(count)]
+    # once, whatever it holds; not to the constructor: Ray warns of each that a restart might lack its arguments
+    shared = [ray.put(task)]
+    idle: list[Any] = [worker.remote(resources.cpus) for _ in range(count)]
     lost = 0  # shards in a row that their workers died of
     waiting = list(reversed(shards))
     running: dict[Any, tuple[Any, Shard]] = {}
@@ -251,7 +258,7 @@ def _map_on_ray(
         while waiting or running:
             while waiting and idle:
                 actor, shard = idle.pop(), waiting.pop()
-                running[actor.run.remote(shard)] = (actor, shard)
+                running[actor.run.remote(shared, shard)] = (actor, shard)
             done, _ = ray.wait(list(running), timeout=1.0)
             for reference in done:
                 actor, shard = running.pop(reference)
@@ -262,7 +269,7 @@ def _map_on_ray(
                         f"all Ray workers died, of {lost} shards in a row (the last: {shard.url}). Look for out-of-memory kills, "
                         "lower --batch-size or --workers."
                     )
-                idle.append(actor if alive else worker.remote(shared, resources.cpus))
+                idle.append(actor if alive else worker.remote(resources.cpus))
                 total.finish(shard, _progress_of(actor) if alive else ShardProgress())
                 last.pop(actor, None)
                 yield outcome
