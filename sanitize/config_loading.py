@@ -1,6 +1,7 @@
 """Strict loading: YAML files and plain values into the dataclasses of `config`, and back."""
 
 import dataclasses
+import functools
 import math
 import re
 import types
@@ -78,7 +79,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - set(fields)):
         raise ConfigError(f"{where}: unknown key {', '.join(map(repr, unknown))}. Known keys: {', '.join(fields)}.")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     converted = {name: _convert(hints[name], value, f"{where}: {name}") for name, value in values.items()}
     missing = [
         name
@@ -90,6 +91,11 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         return cls(**converted)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -2,9 +2,16 @@
 
 
 class SanitizeError(Exception):
-    """A problem the user can fix. `exit_code` is what the command returns."""
+    """A problem the user can fix. `exit_code` is what the command returns.
+
+    may_pass: a remote store was slow, throttled or cut the connection, so that the same request may succeed a little later.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str, *, may_pass: bool = False) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
 
 
 class ConfigError(SanitizeError):

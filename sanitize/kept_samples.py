@@ -22,12 +22,12 @@ import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 
 from sanitize import storage
-from sanitize.artifacts.decisions import Decisions
 from sanitize.artifacts.scan_folder import ScanFolder, Summary
 from sanitize.config import check
 from sanitize.errors import ConfigError, RefusedError, ShardError
 from sanitize.records import Shard
 from sanitize.stages import score_table
+from sanitize.stages.decision_table import Decisions, foreign
 from sanitize.stages.shard_reader import ShardReader
 from sanitize.stages.shards import head_tail_sha256, is_image, open_shard, printable
 
@@ -44,15 +44,12 @@ class ScannedShards:
         run, summary = self._folder.run(), self._summary()
         self.image_member = run.image_member
         self.kept, self.removed = summary.kept, summary.removed
-        self._committed = summary.decisions_sha256
+        self._committed = summary.markers_sha256
         self._ends = {stem: entry.head_tail_sha256 for stem, entry in run.shards.items()}
-        self._table = self._folder.decisions(self._committed)
-        if unknown := sorted(self._table.stems - set(run.shards)):
-            raise RefusedError(self._table.foreign(f"it names shard {unknown[0]}, which run.json does not"))
-        self.shards: dict[str, Shard] = {
-            shard.stem: _moved(shard, moved_to) for shard in run.all_shards() if shard.stem in self._table.stems
-        }
-        if left_out := sorted(set(run.shards) - set(self.shards)):
+        markers = self._folder.markers(sorted(run.shards))
+        self._markers = {marker.shard: marker for marker in markers if marker.clean and marker.samples}
+        self.shards: dict[str, Shard] = {stem: _moved(run.shard(stem), moved_to) for stem in self._markers}
+        if left_out := sorted(set(run.shards) - {marker.shard for marker in markers if marker.clean}):
             log.warning(
                 "%s: %d of %d shards have no decisions and are left out (first: %s). Run the same `sanitize scan` again.",
                 self.path,
@@ -74,12 +71,13 @@ class ScannedShards:
 
         Raises RefusedError when decisions and score table do not name the same samples, each once and in order.
         """
-        if self._summary().decisions_sha256 != self._committed:
+        if self._summary().markers_sha256 != self._committed:
             raise RefusedError(f"{self.path}: was decided again since this dataset was made. Make it again.")
-        decided = self._table.of(stem)
+        decided = self._folder.decisions(self._markers[stem])
         scored = score_table.read(self._folder.scores(stem), ["key", "sha256"])
         if scored.column("key").to_pylist() != decided.keys:
-            raise RefusedError(self._table.foreign(f"shard {stem}: its keys are not those of the score table"))
+            path = self._folder.at(self._folder.decisions_name(stem))
+            raise RefusedError(foreign(path, "its keys are not those of the score table"))
         return decided, scored.column("sha256").to_pylist()
 
     def open(self, stem: str) -> IO[bytes]:

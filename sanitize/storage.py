@@ -74,8 +74,15 @@ def explain_read_errors(path: str) -> Iterator[None]:
             raise
         raise StorageError(
             f"{path}: cannot be read ({error or type(error).__name__}). Check the device, the connection and your credentials, "
-            "then run the same command again."
+            "then run the same command again.",
+            may_pass=_may_pass(path, error),
         ) from error
+
+
+def _may_pass(path: str, error: Exception) -> bool:
+    """Clients of object storage repeat a request for some seconds themselves; what they then let out may still pass, unless the
+    store has said no."""
+    return not is_local(path) and not isinstance(error, (PermissionError, FileNotFoundError, IsADirectoryError))
 
 
 def exists(path: str) -> bool:
@@ -132,14 +139,14 @@ def read_range(path: str, start: int, size: int) -> bytes:
         return bytes(fs.cat_file(inner, start=start, end=start + size))
 
 
-def read_ahead(read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`read` of each, in order, READ_AHEAD of them at a time; no more results than that wait in memory."""
-    with ThreadPoolExecutor(READ_AHEAD) as pool:
+def read_ahead(read: Callable[[T], R], items: Iterable[T], at_once: int = READ_AHEAD) -> Iterator[R]:
+    """`read` of each, in order, `at_once` of them at a time; no more results than that wait in memory."""
+    with ThreadPoolExecutor(at_once) as pool:
         waiting: deque[Future[R]] = deque()
         try:
             for item in items:
                 waiting.append(pool.submit(read, item))
-                if len(waiting) == READ_AHEAD:
+                if len(waiting) == at_once:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -254,6 +261,16 @@ def atomic_write(path: str) -> Iterator[HashingWriter]:
             partial.unlink(missing_ok=True)
 
 
+def require_temporary_space(path: str, size: int) -> None:
+    """Raises StorageError when `size` bytes on their way to a remote `path` would not fit where `atomic_write` holds them."""
+    folder = tempfile.gettempdir()
+    if not is_local(path) and (free := shutil.disk_usage(folder).free) < size:
+        raise StorageError(
+            f"{folder}: has {free / 2**30:.2f} GiB free, and up to {size / 2**30:.2f} GiB pass through it on the way to {path}. Free "
+            "some space, or set TMPDIR to a larger folder, then run the same command again; finished files are kept."
+        )
+
+
 def _put(file: Path, path: str) -> None:
     fs, inner = filesystem(path)
     try:
@@ -262,7 +279,8 @@ def _put(file: Path, path: str) -> None:
     except Exception as error:  # clients of object storage have errors of their own
         raise StorageError(
             f"{path}: cannot be written ({error or type(error).__name__}). Check the connection and your credentials, then run the "
-            "same command again; finished files are kept."
+            "same command again; finished files are kept.",
+            may_pass=_may_pass(path, error),
         ) from error
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.torch
 import torch
@@ -232,9 +233,14 @@ def keys(samples: Iterable[dict]) -> list[str]:
     return [sample["__key__"] for sample in samples]
 
 
+def decision_table(scanned: str | Path) -> pa.Table:
+    """Of all shards of a scan folder, shard after shard."""
+    return pa.concat_tables([pq.read_table(path) for path in sorted(Path(scanned, "decisions").rglob("*.parquet"))])
+
+
 def decided(scanned: str) -> list[str]:
     """Keys that the decisions of a scan folder keep."""
-    return [row["key"] for row in pq.read_table(f"{scanned}/decisions.parquet").to_pylist() if row["keep"]]
+    return [row["key"] for row in decision_table(scanned).to_pylist() if row["keep"]]
 
 
 def auroc(scores: torch.Tensor, poisoned: torch.Tensor) -> float:

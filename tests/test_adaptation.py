@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from builders import encoded, image_members, random_image, tree_bytes, write_shards, write_tar
+from builders import decision_table, encoded, image_members, random_image, tree_bytes, write_shards, write_tar
 
 from sanitize.commands.audit import audit
 from sanitize.commands.clean import clean
 from sanitize.commands.scan import scan
 from sanitize.config import ThresholdPolicy
-from sanitize.errors import ConfigError
+from sanitize.errors import RefusedError
 from sanitize.stages import score_table
 from sanitize.stages.adaptation import MIN_SAMPLES, distinct_statistics
 from sanitize.stages.clean_reference import adapted, fit_clean_reference
@@ -77,7 +77,7 @@ def scanned(shifted, scan_config):
 
 
 def decided(out):
-    return pq.read_table(out / "decisions.parquet").column("score").to_numpy()
+    return decision_table(out).column("score").to_numpy()
 
 
 def as_scored(out):
@@ -110,11 +110,8 @@ def test_the_audit_judges_by_the_scores_that_decided(scanned, tmp_path):
     text = audit(str(out), top=0).text
     assert f"highest {decided(out).max():.4g}" in text
     assert f"{cleaned.removed} removed" in text
-    (out / "decisions.parquet").write_bytes(b"")
-    pq.write_table(pq.read_table(out / "scores" / "part-0000.parquet"), out / "decisions.parquet")
-    with pytest.raises(
-        ConfigError, match="covers 300 samples, the score table 600. Run `sanitize clean .*scanned` first"
-    ):
+    (out / "decisions" / "part-0001.parquet").write_bytes(b"")
+    with pytest.raises(RefusedError, match=r"part-0001\.parquet: is not of this scan \(its SHA-256 is not the one"):
         audit(str(out), top=0)
 
 
@@ -146,18 +143,24 @@ def statistics_of(folder):
     return np.concatenate([score_table.statistics(table) for table in tables])
 
 
+def samples_of(folder):
+    """In each score file."""
+    return {str(path): score_table.count_rows(str(path)) for path in sorted((folder / "scores").glob("*"))}
+
+
 def test_the_bulk_is_estimated_from_different_images_of_all_shards(scanned, shifted, tmp_path):
     shutil.copytree(shifted, tmp_path / "in")
     shutil.copy(tmp_path / "in" / "part-0000.tar", tmp_path / "in" / "zcopy.tar")
     scanned(tmp_path / "in", scores_only=True)
-    paths = [str(p) for p in sorted((tmp_path / "scanned" / "scores").glob("*"))]
-    assert (distinct_statistics(paths, b"k") == statistics_of(tmp_path / "scanned")[:600]).all()
+    assert (
+        distinct_statistics(samples_of(tmp_path / "scanned"), b"k") == statistics_of(tmp_path / "scanned")[:600]
+    ).all()
 
 
 def test_a_large_scan_is_drawn_from_by_a_key_that_an_attacker_does_not_know(scanned, tmp_path):
     scanned(scores_only=True)
-    paths = [str(p) for p in sorted((tmp_path / "scanned" / "scores").glob("*"))]
-    drawn = [distinct_statistics(paths, key, limit=200) for key in (b"one", b"one", b"two")]
+    samples = samples_of(tmp_path / "scanned")
+    drawn = [distinct_statistics(samples, key, limit=200) for key in (b"one", b"one", b"two")]
     assert all(len(rows) == pytest.approx(200, abs=60) for rows in drawn)
     assert np.array_equal(drawn[0], drawn[1])
     assert not np.array_equal(drawn[0], drawn[2])
@@ -201,7 +204,5 @@ def test_a_laxer_threshold_never_brings_a_sample_back(scanned, tmp_path, rates):
     kept = []
     for rate in rates:
         clean(str(tmp_path / "scanned"), ThresholdPolicy(fpr=rate), force=True)
-        kept.append(
-            pq.read_table(tmp_path / "scanned" / "decisions.parquet").column("keep").to_numpy(zero_copy_only=False)
-        )
+        kept.append(decision_table(tmp_path / "scanned").column("keep").to_numpy(zero_copy_only=False))
     assert all((stricter >= laxer).all() for stricter, laxer in itertools.pairwise(kept))

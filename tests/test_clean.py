@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
-from builders import members, tree_bytes
+from builders import decision_table, members, tree_bytes
 
 from sanitize.artifacts import detector_folder
 from sanitize.commands.clean import clean
@@ -40,7 +39,7 @@ def test_fdr_says_when_the_calibration_set_is_too_small_to_remove_anything(shard
 
 def test_decisions_join_to_the_samples(shards, scan_config, tmp_path):
     scan(scan_config(shards, policy=ThresholdPolicy("fraction", fraction=0.2)))
-    decisions = pq.read_table(tmp_path / "scanned" / "decisions.parquet").to_pylist()
+    decisions = decision_table(tmp_path / "scanned").to_pylist()
     assert len(decisions) == 54
     clean_keys = {m[0].split(".")[0] for p in (tmp_path / "scanned" / "clean").glob("*.tar") for m in members(p)}
     assert {d["key"] for d in decisions if d["keep"]} == clean_keys
@@ -104,5 +103,5 @@ def test_clean_shards_stream_through_webdataset(shards, scan_config, tmp_path):
     scan(scan_config(shards, policy=ThresholdPolicy("fraction", fraction=0.2)))
     urls = sorted(str(p) for p in (tmp_path / "scanned" / "clean").glob("*.tar"))
     streamed = [sample["__key__"] for sample in webdataset.WebDataset(urls, shardshuffle=False)]
-    decisions = pq.read_table(tmp_path / "scanned" / "decisions.parquet").to_pylist()
+    decisions = decision_table(tmp_path / "scanned").to_pylist()
     assert streamed == [d["key"] for d in decisions if d["keep"]]

@@ -7,6 +7,7 @@ import pytest
 from builders import write_shards
 from faults.store import FAULTS, FlakyStore
 
+from sanitize import workers
 from sanitize.artifacts.folder_lock import HOLDER
 from sanitize.commands.scan import scan
 from sanitize.commands.verify import verify
@@ -17,8 +18,9 @@ OUT = "flaky://out"
 
 
 @pytest.fixture
-def config(tmp_path, scan_config):
+def config(tmp_path, scan_config, monkeypatch):
     """A scan of three shards in the store, whose output is empty."""
+    monkeypatch.setattr(workers, "PAUSES", ())  # else most faults would pass unnoticed
     FlakyStore.store.clear()
     FlakyStore.plan()
     for path in write_shards(tmp_path / "in", [9, 1, 7]).glob("*.tar"):

@@ -246,7 +246,7 @@ def test_an_old_split_is_gone_when_its_input_is_missing_at_the_next(shards, scan
     assert len(result.failed) == 1
     assert not (tmp_path / "scanned" / "clean" / "part-0002.tar").exists()
     problems = verify(str(tmp_path / "scanned")).problems
-    assert problems == ("part-0002: not split as decisions.parquet says. Run `sanitize clean` again.",)
+    assert problems == ("part-0002: not split as summary.json says. Run `sanitize clean` again.",)
 
 
 def test_a_scan_whose_second_pass_was_cut_off_does_not_verify(shards, scan_config, tmp_path):

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tarfile
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +13,7 @@ from builders import (
     KEEP_ALL,
     REMOVE_SOME,
     decided,
+    decision_table,
     encoded,
     image_members,
     keys,
@@ -37,7 +39,7 @@ def test_two_keys_that_look_alike_in_the_decisions_do_not_save_each_other(tmp_pa
     write_tar(path, [(f"{name}.png", encoded(random_image(number))) for number, name in enumerate(names)])
     scan(scan_config(tmp_path / "in", policy=ThresholdPolicy("fraction", fraction=0.34)))
     kept = keys(KeptSamples(str(tmp_path / "scanned")))
-    rows = pq.read_table(tmp_path / "scanned" / "decisions.parquet").to_pylist()
+    rows = decision_table(tmp_path / "scanned").to_pylist()
     assert kept == [name for name, row in zip(names, rows, strict=True) if row["keep"]]
     predicate = keep_only(str(tmp_path / "scanned"))
     found = [s["__key__"] for s in wds.WebDataset([str(path)], shardshuffle=False) if predicate(s)]
@@ -91,33 +93,34 @@ def test_a_scan_without_decisions_says_so(shards, scan_config, tmp_path):
 def test_decisions_of_another_run_are_refused(scanned, scan_config, tmp_path):
     write_shards(tmp_path / "more", [5])
     scan(scan_config(tmp_path / "more", out="other", policy=REMOVE_SOME))
-    shutil.copy(tmp_path / "other" / "decisions.parquet", scanned)
-    with pytest.raises(RefusedError, match=r"is not of this scan \(its SHA-256 is not the one in summary\.json\)"):
-        KeptSamples(scanned)
+    shutil.copy(tmp_path / "other" / "decisions" / "part-0000.parquet", f"{scanned}/decisions")
+    with pytest.raises(RefusedError, match=r"is not of this scan \(its SHA-256 is not the one that was committed\)"):
+        list(KeptSamples(scanned))
 
 
 def rewrite_decisions(scanned: str, change) -> None:
-    """Other decisions with a summary that fits them."""
-    path = f"{scanned}/decisions.parquet"
+    """Other decisions for the first shard, with a marker that fits them."""
+    path, done = f"{scanned}/decisions/part-0000.parquet", f"{scanned}/done/part-0000.json"
     table = pq.read_table(path)
-    with pq.ParquetWriter(path, table.schema) as writer:
-        for shard in table.column("shard").unique().to_pylist():
-            rows = [row for row in table.to_pylist() if row["shard"] == shard]
-            writer.write_table(pa.Table.from_pylist(change(rows), schema=table.schema))
-    summary = storage.read_json(f"{scanned}/summary.json")
-    storage.write_json(f"{scanned}/summary.json", summary | {"decisions_sha256": storage.file_sha256(path)})
+    pq.write_table(pa.Table.from_pylist(change(table.to_pylist()), schema=table.schema), path)
+    marker = storage.read_json(done)
+    marker["files"]["decisions/part-0000.parquet"]["sha256"] = storage.file_sha256(path)
+    storage.write_json(done, marker)
+    Path(scanned, "markers.jsonl").unlink()
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda rows: [rows[0], *rows], r"shard part-0000: a sample is named twice or left out"),
-        (lambda rows: rows[1:], r"shard part-0000: a sample is named twice or left out"),
+        (
+            lambda rows: [rows[0], *rows],
+            r"part-0000\.parquet: is not of this scan \(a sample is named twice or left out",
+        ),
+        (lambda rows: rows[1:], r"part-0000\.parquet: is not of this scan \(a sample is named twice or left out"),
         (
             lambda rows: [row | {"key": "z"} for row in rows],
-            r"shard part-0000: its keys are not those of the score table",
+            r"part-0000\.parquet: is not of this scan \(its keys are not those of the score table",
         ),
-        (lambda rows: [row | {"shard": "b"} for row in rows], r"it names shard b, which run\.json does not"),
     ],
 )
 def test_decisions_must_name_every_scored_sample_once(scanned, change, words):

@@ -8,17 +8,19 @@ from pathlib import Path
 import pytest
 import ray
 
+from sanitize import workers
 from sanitize.errors import ConfigError, SanitizeError, ShardError, StorageError
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
-from sanitize.runtime import Resources, map_shards, plan, usable_cpus
+from sanitize.runtime import Resources, plan, usable_cpus
+from sanitize.workers import OUT_OF_MEMORY, _lost, map_shards
 
 SHARDS = [Shard(f"/in/{name}.tar", name, 10) for name in "abcd"]
 
 
 @dataclass(frozen=True)
 class Echo:
-    """Returns the stem; fails or dies where told to."""
+    """Returns the stem; fails or dies where told to, once if there is a tombstone."""
 
     fail: str = ""
     full: str = ""
@@ -32,17 +34,19 @@ class Echo:
                 raise ShardError(f"{shard.url}: cannot be read")
             if shard.stem == self.full:
                 raise StorageError("out/x: no space left")
-            if shard.stem == self.die and not Path(self.tombstone).exists():
-                Path(self.tombstone).touch()
+            if shard.stem == self.die and not (self.tombstone and Path(self.tombstone).exists()):
+                if self.tombstone:
+                    Path(self.tombstone).touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             return {"stem": shard.stem, "threads": threads}
 
         return work
 
 
-def run(task, workers):
-    with ProgressDisplay("test", len(SHARDS), 40) as display:
-        return sorted(map_shards(task, SHARDS, Resources(workers, 1, 0), display), key=lambda o: o.shard.stem)
+def run(task, count, at_once=1, shards=SHARDS):
+    with ProgressDisplay("test", len(shards), 40) as display:
+        outcomes = map_shards(task, shards, Resources(count, 1, 0), display, at_once=at_once)
+        return sorted(outcomes, key=lambda o: o.shard.stem)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -72,8 +76,58 @@ class AlwaysDies:
 
 @pytest.mark.slow
 def test_a_worker_that_always_dies_ends_the_run_with_advice(ray_cluster):
-    with pytest.raises(SanitizeError, match=r"all Ray workers died.*lower --batch-size or --workers"):
+    with pytest.raises(
+        SanitizeError, match=r"3 shards in a row lost their workers\. .*Lower --batch-size or --workers"
+    ):
         run(AlwaysDies(), 1)
+
+
+@dataclass(frozen=True)
+class Throttled:
+    """Every shard is refused for now, so many times."""
+
+    times: int
+    error: type[SanitizeError] = ShardError
+
+    def start(self, _threads):
+        tries: dict[str, int] = {}
+
+        def work(shard, _tick):
+            tries[shard.stem] = tries.get(shard.stem, 0) + 1
+            if tries[shard.stem] <= self.times:
+                raise self.error(f"{shard.url}: SlowDown", may_pass=True)
+            return tries[shard.stem]
+
+        return work
+
+
+def test_a_shard_that_a_store_refuses_for_now_is_tried_again(monkeypatch):
+    monkeypatch.setattr(workers, "PAUSES", (0.0, 0.0))
+    assert [o.result for o in run(Throttled(2), 0)] == [3] * 4
+    assert [o.error for o in run(Throttled(3), 0)] == [f"/in/{name}.tar: SlowDown" for name in "abcd"]
+    assert [o.result for o in run(Throttled(1, StorageError), 0)] == [2] * 4
+    with pytest.raises(StorageError, match=r"^/in/a\.tar: SlowDown$"):
+        run(Throttled(3, StorageError), 0)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_many_shards_at_once_in_one_worker_have_the_same_outcomes(ray_cluster, count):
+    shards = [Shard(f"/in/{number:02d}.tar", f"{number:02d}", 10) for number in range(30)]
+    outcomes = run(Echo(fail="07"), count, at_once=3, shards=shards)
+    assert [o.result and o.result["stem"] for o in outcomes] == [s.stem if s.stem != "07" else None for s in shards]
+
+
+def test_a_shard_that_kills_its_worker_is_named_among_those_it_had_at_once(ray_cluster):
+    outcomes = run(Echo(die="b"), 1, at_once=2)
+    assert [bool(o.error) for o in outcomes] == [False, True, False, False]
+    assert "/in/b.tar: its worker died 4 times" in outcomes[1].error
+
+
+def test_a_worker_that_ran_out_of_memory_is_named_as_such():
+    assert _lost(SHARDS[0], OUT_OF_MEMORY) == (
+        "/in/a.tar: its worker ran out of memory 4 times. Lower --batch-size (images held at a time) or --workers, or give the workers "
+        "more memory."
+    )
 
 
 def test_the_default_plan_fits_the_machine():

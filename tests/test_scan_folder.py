@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,6 @@ import pytest
 from builders import members, scores_by_key, tree_bytes
 
 from sanitize import storage
-from sanitize.artifacts import decisions
 from sanitize.artifacts.run_record import claim_folder, refuse_other_run
 from sanitize.artifacts.scan_folder import (
     CLEAN,
@@ -31,6 +31,8 @@ from sanitize.commands.verify import verify
 from sanitize.config import ThresholdPolicy
 from sanitize.errors import ConfigError, RefusedError, StorageError
 from sanitize.records import Shard
+from sanitize.stages import decision_table
+from sanitize.stages.decision_table import Decisions, read_decisions, write_decisions
 
 TENTH = ThresholdPolicy("fraction", fraction=0.1)
 RUN = Run(
@@ -87,13 +89,29 @@ def test_forgetting_the_split_leaves_the_marker_of_pass_1():
 
 @pytest.mark.parametrize("threshold", [1.5, math.inf, -math.inf])
 def test_a_summary_reads_back_with_any_threshold(folder, threshold):
-    summary = Summary(TENTH, "adapted", threshold, 10, 8, 2, 1, 2, ("b",), {"a": "cut"}, 3, "22")
+    summary = replace(SUMMARY, threshold=threshold)
     assert folder.summary() is None
-    folder.write_summary(summary)
-    assert folder.summary() == summary
+    folder.write_summary(summary, [])
+    read = folder.summary()
+    assert read is not None
+    assert replace(read, markers_sha256="") == summary
     json.loads(Path(folder.at("summary.json")).read_text(), parse_constant=pytest.fail)  # JSON has no Infinity
     folder.delete_summary()
     assert folder.summary() is None
+
+
+def test_all_markers_are_read_from_one_file_when_pass_2_is_through(folder):
+    others = [replace(SCORED, shard=name) for name in ("b", "c")]
+    for marker in (SCORED, *others):
+        folder.write_marker(marker)
+    folder.write_summary(SUMMARY, [SCORED, *others])
+    Path(folder.at("done/b.json")).write_text("{}")  # its name still says that it is scored
+    assert folder.markers(["a/z", "b", "none"]) == [SCORED, others[0]]
+    Path(folder.at("done/c.json")).unlink()
+    assert folder.markers(["a/z", "b", "c"]) == [SCORED, others[0]]
+    Path(folder.at("markers.jsonl")).write_text("")  # not the one of the summary: each marker is asked for itself
+    with pytest.raises(StorageError, match=r"done/b\.json: missing"):
+        folder.markers(["a/z", "b"])
 
 
 def test_a_scan_that_removes_nothing_has_an_infinite_threshold_on_disk(shards, scan_config, tmp_path):
@@ -106,8 +124,8 @@ def test_a_scan_that_removes_nothing_has_an_infinite_threshold_on_disk(shards, s
 
 
 def test_what_is_present_is_named_below_the_folder(folder):
-    names = {"scores/a/z.parquet", f"{CLEAN}/b.tar", f"{QUARANTINE}/b.tar"}
-    for name in (*names, "done/b.json", "decisions.parquet"):
+    names = {"scores/a/z.parquet", "decisions/a/z.parquet", f"{CLEAN}/b.tar", f"{QUARANTINE}/b.tar"}
+    for name in (*names, "done/b.json", "markers.jsonl"):
         storage.write_bytes(folder.at(name), b"x")
     assert folder.present_files() == names
 
@@ -167,7 +185,7 @@ def test_a_damaged_marker_or_summary_names_the_file_and_what_to_do(folder):
     change_json(Path(folder.at("done", "a/z.json")), samples="three")
     with pytest.raises(StorageError, match=r"done/a/z\.json: samples holds 'three', int was expected\. Restore the"):
         folder.marker("a/z")
-    folder.write_summary(SUMMARY)
+    folder.write_summary(SUMMARY, [SCORED])
     change_json(Path(folder.at("summary.json")), policy={"fpr": 2})
     with pytest.raises(StorageError, match=r"summary\.json: policy: fpr: 2\.0 is not between 0 and 1\. Restore the"):
         folder.summary()
@@ -177,7 +195,7 @@ def test_a_damaged_marker_or_summary_names_the_file_and_what_to_do(folder):
 
 
 def test_a_threshold_that_is_no_number_names_the_file(folder):
-    folder.write_summary(SUMMARY)
+    folder.write_summary(SUMMARY, [SCORED])
     change_json(Path(folder.at("summary.json")), threshold="high")
     with pytest.raises(StorageError, match=r"summary\.json: threshold holds 'high'"):
         folder.summary()
@@ -197,60 +215,57 @@ def decided_table(shard: str, indexes: list[int], keys: str = "abc") -> pa.Table
         "score": [None if i == 1 else float(i) for i in indexes],
         "threshold": [1.0] * count,
     }
-    return pa.table(columns, schema=decisions.SCHEMA)
+    return pa.table(columns, schema=decision_table.SCHEMA)
 
 
-def test_decisions_are_read_shard_by_shard(folder):
-    tables = [decided_table("a", [0, 1, 2]), decided_table("b", [0]), decided_table("empty", [])]
-    sha256 = decisions.write_decisions(folder.decisions_path, tables)
-    table = folder.decisions(sha256)
-    assert table.stems == {"a", "b"}
-    found = table.of("a")
+def test_decisions_are_those_that_were_written(tmp_path):
+    path = str(tmp_path / "a.parquet")
+    sha256 = write_decisions(path, decided_table("a", [0, 1, 2])).sha256()
+    found = Decisions.of(read_decisions(path, sha256))
     assert (found.keep.tolist(), found.keys) == ([True, False, True], ["a", "b", "c"])
     assert found.scores.tolist() == pytest.approx([0, math.nan, 2], nan_ok=True)
-    assert len(table.of("empty").keep) == len(table.of("unknown").keep) == 0
-    assert table.columns(["index"]).column("index").to_pylist() == [0, 1, 2, 0]
 
 
 @pytest.mark.parametrize("content", [None, b"something else"])
-def test_decisions_that_are_not_those_of_the_summary_are_refused(folder, content):
-    sha256 = decisions.write_decisions(folder.decisions_path, [decided_table("a", [0])])
-    Path(folder.decisions_path).unlink()
+def test_decisions_that_are_not_those_of_the_marker_are_refused(tmp_path, content):
+    path = tmp_path / "a.parquet"
+    sha256 = write_decisions(str(path), decided_table("a", [0])).sha256()
+    path.unlink()
     if content:
-        storage.write_bytes(folder.decisions_path, content)
+        path.write_bytes(content)
     with pytest.raises(
         RefusedError,
-        match=r"decisions\.parquet: is not of this scan \(its SHA-256 is not the one in summary\.json\)\. "
-        r"Run `sanitize clean` again\.",
+        match=r"a\.parquet: is not of this scan \(its SHA-256 is not the one that was committed\)\. "
+        r"Run `sanitize verify --repair`, then `sanitize clean` again\.",
     ):
-        folder.decisions(sha256)
+        read_decisions(str(path), sha256)
 
 
 @pytest.mark.parametrize("indexes", [[0, 2], [1, 2], [0, 1, 1, 2], [0, 0, 1], [1, 0]])
-def test_rows_that_are_missing_or_twice_are_refused(folder, indexes):
-    decisions.write_decisions(folder.decisions_path, [decided_table("a", indexes), decided_table("b", [0, 1])])
-    table = folder.decisions()
-    assert table.of("b").keep.tolist() == [True, False]
-    with pytest.raises(
-        RefusedError, match=r"\(shard a: a sample is named twice or left out\)\. Run `sanitize clean` again\."
-    ):
-        table.of("a")
+def test_rows_that_are_missing_or_twice_are_refused(tmp_path, indexes):
+    write_decisions(str(tmp_path / "a.parquet"), decided_table("a", indexes))
+    with pytest.raises(RefusedError, match=r"a\.parquet: is not of this scan \(a sample is named twice or left out\)"):
+        read_decisions(str(tmp_path / "a.parquet"))
 
 
 # ---------------------------------------------------------------- verify and clean
 
 
 def test_a_shard_that_is_not_split_as_decided_is_found_and_mended(shards, scan_config, tmp_path):
-    """As after a kill between the decisions and the split of the last shard."""
+    """By somebody who put files of an earlier decision back."""
     out = tmp_path / "scanned"
     scan(scan_config(shards, policy=ThresholdPolicy("fraction", fraction=0.4)))
     other = {name: data for name, data in tree_bytes(out).items() if "part-0002" in name}
     scan(scan_config(shards, "expected", policy=TENTH))
     clean(str(out), TENTH)
     assert verify(str(out)).problems == ()
-    for name in (f"{CLEAN}/part-0002.tar", f"{QUARANTINE}/part-0002.tar", "done/part-0002.json"):
+    for name in [name for name in other if "scores" not in name]:
         (out / name).write_bytes(other[name])
-    assert verify(str(out)).problems == ("part-0002: not split as decisions.parquet says. Run `sanitize clean` again.",)
+    assert verify(str(out)).problems == (
+        "part-0002: not split as summary.json says. Run `sanitize clean` again.",
+        f"markers.jsonl: not what done/ says. Run `sanitize verify --repair {out}`, then the same `sanitize scan` again.",
+    )
+    verify(str(out), repair=True)
     clean(str(out), TENTH)
     assert verify(str(out)).problems == ()
     assert tree_bytes(out) == tree_bytes(tmp_path / "expected")
@@ -262,16 +277,7 @@ def test_a_shard_that_was_never_split_is_found(shards, scan_config, tmp_path):
     marker = (out / "done" / "part-0001.json").read_bytes()
     clean(str(out), TENTH)
     (out / "done" / "part-0001.json").write_bytes(marker)
-    assert verify(str(out)).problems[0] == "part-0001: not split as decisions.parquet says. Run `sanitize clean` again."
-
-
-def test_decisions_that_were_changed_are_found_and_mended(shards, scan_config, tmp_path):
-    out = tmp_path / "scanned"
-    scan(scan_config(shards, policy=TENTH))
-    (out / "decisions.parquet").write_bytes((out / "decisions.parquet").read_bytes()[:-1] + b"x")
-    assert verify(str(out)).problems == ("decisions.parquet: missing or changed. Run `sanitize clean` again.",)
-    clean(str(out), TENTH)
-    assert verify(str(out)).problems == ()
+    assert verify(str(out)).problems[0] == "part-0001: not split as summary.json says. Run `sanitize clean` again."
 
 
 def test_a_scan_resumes_with_another_batch_size(shards, scan_config, tmp_path):

@@ -30,13 +30,16 @@ def flip_a_bit(path):
     path.write_bytes(data)
 
 
+CLEANED_0 = {"clean/part-0000.tar", "decisions/part-0000.parquet", "quarantine/part-0000.tar"}
 DAMAGE = {
-    "a changed clean tar": ("clean/part-0000.tar", flip_a_bit, {"clean/part-0000.tar", "quarantine/part-0000.tar"}),
+    "a changed clean tar": ("clean/part-0000.tar", flip_a_bit, CLEANED_0),
     "a quarantine tar gone": ("quarantine/part-0001.tar", lambda path: path.unlink(), None),
     "a changed score table": ("scores/part-0002.parquet", flip_a_bit, None),
     "a score table gone": ("scores/part-0000.parquet", lambda path: path.unlink(), None),
     "a file of nobody": ("clean/extra.tar", lambda path: path.write_bytes(b"x"), {"clean/extra.tar"}),
-    "changed decisions": ("decisions.parquet", flip_a_bit, {"decisions.parquet", "summary.json"}),
+    "changed decisions": ("decisions/part-0001.parquet", flip_a_bit, None),
+    "decisions gone": ("decisions/part-0001.parquet", lambda path: path.unlink(), None),
+    "changed markers": ("markers.jsonl", flip_a_bit, {"markers.jsonl", "summary.json"}),
 }
 
 
@@ -80,10 +83,12 @@ def test_deep_finds_a_tar_that_agrees_with_its_marker_but_not_with_its_input(out
     marker = json.loads(done.read_text())
     marker["files"]["clean/part-0000.tar"]["sha256"] = storage.file_sha256(str(tar))
     storage.write_json(str(done), marker)
-    assert verify(str(folder)).problems == ()
+    again = f"Run `sanitize verify --repair {folder}`, then the same `sanitize scan` again."
+    markers = f"markers.jsonl: not what done/ says. {again}"
+    assert verify(str(folder)).problems == (markers,)
     assert verify(str(folder), deep=True, repair=True).problems == (
-        f"clean/part-0000.tar: is not what the input and the decisions give. Run `sanitize verify --repair {folder}`, "
-        "then the same `sanitize scan` again.",
+        f"clean/part-0000.tar: is not what the input and the decisions give. {again}",
+        markers,
     )
     scan(config)
     assert tree_bytes(folder) == before
@@ -108,4 +113,4 @@ def test_the_command_says_what_was_deleted_and_what_to_run(out):
     assert (
         "scores/part-0000.parquet: content differs from what was committed. Run `sanitize verify --rep" in result.output
     )
-    assert "4 files deleted. Run the same `sanitize scan` again; it writes them anew." in result.output
+    assert "5 files deleted. Run the same `sanitize scan` again; it writes them anew." in result.output

@@ -3,15 +3,17 @@
 run.json                     Run: settings, detector, input shards; a folder belongs to one run
 scores/<stem>.parquet        pass 1; columns in stages/score_table.py
 done/<stem>.json             ShardMarker: counts and SHA-256 of a shard's files; written last
-decisions.parquet            pass 2; decisions.py
+decisions/<stem>.parquet     pass 2; columns in stages/decision_table.py
 clean/<stem>.tar  quarantine/<stem>.tar
-summary.json                 Summary, written when pass 2 is through
+markers.jsonl                every marker once more, for whoever would have to read very many; written when pass 2 is through
+summary.json                 Summary, written last
 """
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,16 +21,16 @@ from numpy.typing import NDArray
 
 from sanitize import storage
 from sanitize.artifacts import run_record
-from sanitize.artifacts.decisions import Decisions, DecisionTable
 from sanitize.config import ThresholdPolicy
 from sanitize.config_loading import from_mapping, to_mapping
 from sanitize.errors import ConfigError, StorageError
 from sanitize.records import Shard
-from sanitize.stages import score_table
+from sanitize.stages.decision_table import Decisions, read_decisions
 from sanitize.stages.splitting import ScoredShard
 
 T = TypeVar("T")
 CLEAN, QUARANTINE = "clean", "quarantine"
+MARKERS = "markers.jsonl"
 
 
 @dataclass(frozen=True)
@@ -78,14 +80,19 @@ class WrittenFile:
     bytes: int
     sha256: str
 
+    @classmethod
+    def of(cls, file: storage.HashingWriter) -> "WrittenFile":
+        return cls(file.size, file.sha256())
+
 
 @dataclass(frozen=True)
 class Split:
-    """Pass 2 of one shard. decision: `decision_identity` of what was kept."""
+    """Pass 2 of one shard. rule: identity of the Rule that decided; decision: `decision_identity` of what was kept."""
 
     kept: int
     removed: int
     decision: str
+    rule: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,13 +108,18 @@ class ShardMarker:
 
     def unsplit(self) -> "ShardMarker":
         """As pass 1 left it."""
-        scores = {name: entry for name, entry in self.files.items() if name.startswith("scores/")}
-        return dataclasses.replace(self, clean=None, files=scores)
+        return dataclasses.replace(self, clean=None, files=self._below("scores/"))
+
+    def tars(self) -> dict[str, WrittenFile]:
+        return self._below(f"{CLEAN}/", f"{QUARANTINE}/")
+
+    def _below(self, *folders: str) -> dict[str, WrittenFile]:
+        return {name: entry for name, entry in self.files.items() if name.startswith(folders)}
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Pass 2 of the whole scan. scores: which scores decided; decisions_sha256: of decisions.parquet."""
+    """Pass 2 of the whole scan. scores: which scores decided; rule: identity of the Rule; markers_sha256: of markers.jsonl."""
 
     policy: ThresholdPolicy
     scores: str
@@ -120,7 +132,8 @@ class Summary:
     shards_failed: tuple[str, ...] = ()
     shards_damaged: dict[str, str] = field(default_factory=dict)
     loose_members: int = 0
-    decisions_sha256: str = ""
+    rule: str = ""
+    markers_sha256: str = ""
 
 
 def decision_identity(keep: NDArray[np.bool_]) -> str:
@@ -175,7 +188,10 @@ class ScanFolder:
 
     def marker(self, stem: str) -> ShardMarker | None:
         """None while the shard is not scored."""
-        return self._marker(stem) if storage.exists(self.at("done", f"{stem}.json")) else None
+        return self.read_marker(stem) if storage.exists(self.at("done", f"{stem}.json")) else None
+
+    def read_marker(self, stem: str) -> ShardMarker:
+        return self._read(ShardMarker, f"done/{stem}.json")
 
     def write_marker(self, marker: ShardMarker) -> None:
         values = to_mapping(marker)
@@ -183,30 +199,71 @@ class ScanFolder:
             del values["clean"]
         storage.write_json(self.at("done", f"{marker.shard}.json"), values)
 
-    def markers(self, stems: Sequence[str]) -> list[ShardMarker]:
-        """Of those that are scored, in the order of `stems`; many are read at a time."""
-        scored = self.scored()
-        return list(storage.read_ahead(self._marker, [stem for stem in stems if stem in scored]))
+    def markers(self, stems: Sequence[str], committed: Mapping[str, ShardMarker] | None = None) -> list[ShardMarker]:
+        """Of those that are scored, in the order of `stems`: from `committed_markers` where they hold them."""
+        scored, known = self.scored(), self.committed_markers() if committed is None else committed
+        unknown = self.read_markers([stem for stem in stems if stem in scored and stem not in known])
+        known = {**known, **{marker.shard: marker for marker in unknown}}
+        return [known[stem] for stem in stems if stem in scored]
 
-    def _marker(self, stem: str) -> ShardMarker:
-        return self._read(ShardMarker, f"done/{stem}.json")
+    def read_markers(self, stems: Sequence[str]) -> list[ShardMarker]:
+        """Each from its own file, many at a time."""
+        return list(storage.read_ahead(self.read_marker, stems))
+
+    def committed_markers(self) -> dict[str, ShardMarker]:
+        """By stem, as the last pass 2 wrote them; none when it is not through, or the file is not the one it wrote."""
+        path, summary = self.at(MARKERS), self.summary()
+        if summary is None or not storage.exists(path):
+            return {}
+        data = storage.read_bytes(path)
+        if hashlib.sha256(data).hexdigest() != summary.markers_sha256:
+            return {}
+        markers = (self._typed(ShardMarker, json.loads(line), path) for line in data.splitlines())
+        return {marker.shard: marker for marker in markers}
+
+    def write_summary(self, summary: Summary, markers: Sequence[ShardMarker]) -> None:
+        """Pass 2 is through: what it left of every shard, then the summary. markers: sorted by shard."""
+        with storage.atomic_write(self.at(MARKERS)) as file:
+            for marker in markers:
+                file.write((json.dumps(to_mapping(marker), sort_keys=True) + "\n").encode())
+        values = to_mapping(replace(summary, markers_sha256=file.sha256()))
+        if not np.isfinite(summary.threshold):
+            values["threshold"] = str(summary.threshold)  # JSON has no infinity
+        storage.write_json(self.at("summary.json"), values)
+
+    def delete_summary(self) -> None:
+        """Before anything that it sums up is changed."""
+        for name in ("summary.json", MARKERS):
+            storage.delete(self.at(name))
+
+    def has(self, names: Iterable[str]) -> bool:
+        return all(storage.exists(self.at(name)) for name in names)
 
     def present_files(self) -> set[str]:
-        """Names of all score files and tars."""
-        folders = (("scores", ".parquet"), (CLEAN, ".tar"), (QUARANTINE, ".tar"))
+        """Names of all score files, decisions and tars."""
+        folders = (("scores", ".parquet"), ("decisions", ".parquet"), (CLEAN, ".tar"), (QUARANTINE, ".tar"))
         return {
             f"{folder}/{name}" for folder, suffix in folders for name in storage.list_files(self.at(folder), suffix)
         }
 
     # ---------------------------------------------------------------- pass 2
 
-    def scored_shard(self, run: Run, marker: ShardMarker, decided: Decisions) -> ScoredShard:
+    def decisions_name(self, stem: str) -> str:
+        return f"decisions/{stem}.parquet"
+
+    def decisions(self, marker: ShardMarker) -> Decisions:
+        """Of a shard that was split. Raises RefusedError when the file is not the one that was committed."""
+        name = self.decisions_name(marker.shard)
+        return Decisions.of(read_decisions(self.at(name), marker.files[name].sha256))
+
+    def scored_shard(
+        self, run: Run, marker: ShardMarker, keys: Sequence[str], image_sha256: Sequence[str]
+    ) -> ScoredShard:
         """What pass 2 compares an input with, while it copies."""
-        images = score_table.read(self.scores(marker.shard), ["sha256"]).column("sha256").to_pylist()
         return ScoredShard(
             shard=run.shard(marker.shard),
-            keys=decided.keys,
-            image_sha256=images,
+            keys=keys,
+            image_sha256=image_sha256,
             sha256=marker.input.sha256,
             damage=marker.input.damage,
             loose_members=marker.input.loose_members,
@@ -217,26 +274,14 @@ class ScanFolder:
         """None while pass 2 is not through."""
         return self._read(Summary, "summary.json") if storage.exists(self.at("summary.json")) else None
 
-    def write_summary(self, summary: Summary) -> None:
-        values = to_mapping(summary)
-        if not np.isfinite(summary.threshold):
-            values["threshold"] = str(summary.threshold)  # JSON has no infinity
-        storage.write_json(self.at("summary.json"), values)
-
-    def delete_summary(self) -> None:
-        storage.delete(self.at("summary.json"))
-
-    @property
-    def decisions_path(self) -> str:
-        return self.at("decisions.parquet")
-
-    def decisions(self, expected_sha256: str = "") -> DecisionTable:
-        return DecisionTable(self.decisions_path, expected_sha256)
-
     def _read(self, cls: type[T], name: str) -> T:
         """Keys that an earlier version wrote and this one does not know are passed over."""
         path = self.at(name)
-        values, known = storage.read_json(path), {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        return self._typed(cls, storage.read_json(path), path)
+
+    @staticmethod
+    def _typed(cls: type[T], values: dict[str, Any], path: str) -> T:
+        known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         if values.get("threshold") in ("inf", "-inf", "nan"):
             values["threshold"] = float(values["threshold"])
         try:

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from sanitize import plots, runtime, storage
 from sanitize.artifacts.detector_folder import load_detector, load_matching_encoder, make_scorer
-from sanitize.artifacts.scan_folder import Run, ScanFolder, Summary
+from sanitize.artifacts.scan_folder import Run, ScanFolder, ShardMarker, Summary
 from sanitize.artifacts.truth import load_poisoned
 from sanitize.errors import ConfigError
 from sanitize.metrics import Detection, detection
 from sanitize.records import DecodedImage
 from sanitize.stages import score_table
+from sanitize.stages.decision_table import Decisions
 from sanitize.stages.images import decode_sample, shrink
 from sanitize.stages.score_table import Floats
 from sanitize.stages.scoring import normalised
@@ -88,24 +89,26 @@ def audit(out: str, truth: str = "", top: int = 32) -> AuditResult:
 
 def _read(folder: ScanFolder, run: Run, summary: Summary | None) -> ScoredSamples:
     names = ["shard", "key", "index", "status", "score", "text_similarity"]
-    paths = [folder.scores(stem) for stem in sorted(run.shards)]
-    tables = [score_table.read(path, names) for path in paths if storage.exists(path)]
-    if not tables:
+    markers = folder.markers(sorted(run.shards))
+    if not markers:
         raise ConfigError(f"{folder.path}: no score table there. Run `sanitize scan` again.")
+    tables = list(score_table.read_each([folder.scores(marker.shard) for marker in markers], names))
     table = pa.concat_tables(tables)
     shards, keys, indices, statuses = (table.column(name).to_numpy(zero_copy_only=False) for name in names[:4])
     scores, removed = score_table.numbers(table, "score"), None
     if summary:
-        decided = folder.decisions().columns(["keep", "score"])
-        if len(decided) != len(table):
-            raise ConfigError(
-                f"{folder.path}: decisions.parquet covers {len(decided)} samples, the score table {len(table)}. Run "
-                f"`sanitize clean {folder.path}` first."
-            )
-        scores = score_table.numbers(decided, "score")
-        removed = ~decided.column("keep").to_numpy(zero_copy_only=False).astype(bool)
+        decided = list(storage.read_ahead(lambda pair: _decided(folder, *pair), zip(markers, tables, strict=True)))
+        scores = np.concatenate([part.scores for part in decided])
+        removed = ~np.concatenate([part.keep for part in decided])
     similarities = score_table.numbers(table, "text_similarity")
     return ScoredSamples(shards, keys, indices, statuses, scores, similarities, removed)
+
+
+def _decided(folder: ScanFolder, marker: ShardMarker, table: pa.Table) -> Decisions:
+    """What pass 2 decided; of a shard that it could not split, nothing is in clean/."""
+    if marker.clean:
+        return folder.decisions(marker)
+    return Decisions(np.zeros(len(table), bool), table.column("key").to_pylist(), score_table.numbers(table, "score"))
 
 
 def _poisoned(scored: ScoredSamples, truth: str) -> Mask:

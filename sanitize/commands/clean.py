@@ -1,8 +1,8 @@
-"""`sanitize clean`: pass 2, scores → decisions → clean and quarantine shards. Reads scores only; never scores again.
+"""`sanitize clean`: pass 2, scores → rule → decisions → clean and quarantine shards. Reads scores only; never scores again.
 
-Decided once: decisions.parquet says what is kept, and whoever acts on a decision reads it there. Kept samples are copied byte
-for byte, headers included. Everything else of a shard (removed samples, members without a key) goes to the quarantine tar, so
-clean + quarantine = input.
+The rule is found once, from the scores of the whole scan. The worker that splits a shard applies it and writes what it decided to
+decisions/<stem>.parquet: whoever acts on a decision reads it there. Kept samples are copied byte for byte, headers included.
+Everything else of a shard (removed samples, members without a key) goes to the quarantine tar, so clean + quarantine = input.
 """
 
 import logging
@@ -11,12 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from sanitize import runtime, storage
-from sanitize.artifacts import decisions
-from sanitize.artifacts.decisions import Decisions
+from sanitize import runtime, storage, workers
 from sanitize.artifacts.detector_folder import Detector, load_detector
 from sanitize.artifacts.folder_lock import folder_lock
 from sanitize.artifacts.scan_folder import (
@@ -32,12 +29,15 @@ from sanitize.config import ThresholdPolicy
 from sanitize.errors import RefusedError
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
-from sanitize.runtime import ProgressCallback, Resources, ShardFunction
+from sanitize.runtime import Resources
 from sanitize.stages import score_table, thresholds
-from sanitize.stages.adaptation import ScoreAdapter, score_adapter
-from sanitize.stages.splitting import split_shard
+from sanitize.stages.adaptation import score_adapter
+from sanitize.stages.decision_table import Decisions, Rule, write_decisions
+from sanitize.stages.splitting import ScoredShard, split_shard
+from sanitize.workers import ProgressCallback, ShardFunction
 
 log = logging.getLogger(__name__)
+IN_FLIGHT = 1 << 30  # bytes of shards that one worker copies at a time, over a network
 RARE = 0.01  # share of poison that every policy should be able to act on
 
 
@@ -55,7 +55,7 @@ class CleanResult:
 def clean(
     out: str, policy: ThresholdPolicy, *, force: bool = False, resources: Resources | None = None, address: str = ""
 ) -> CleanResult:
-    """Decide on the whole scan, write decisions.parquet and summary.json, split every shard (in this process by default)."""
+    """Find the rule for the whole scan, decide on and split every shard by it (in this process by default), write summary.json."""
     ScanFolder(out).run()  # is there a scan?
     with folder_lock(out, "clean"):
         return decide_and_split(out, policy, force=force, resources=resources, address=address)
@@ -68,38 +68,72 @@ def decide_and_split(
     folder = ScanFolder(out)
     run = folder.run()
     storage.remove_partials(out)
-    markers = {marker.shard: marker for marker in folder.markers(sorted(run.shards))}
-    scored = [run.shard(stem) for stem in markers]
-    paths = [folder.scores(shard.stem) for shard in scored]
-    detector = _detector(out, run, policy)
-    calibration = detector.calibration(run.effort) if detector else np.empty(0, np.float32)
-    reference = detector.adaptable_reference(run.effort) if detector and policy.adapt else None
-    adapter = score_adapter(paths, reference, calibration)
-    deciding = [adapter.scores(table) for table in score_table.read_each(paths, adapter.columns)]
-    scores = np.concatenate([np.empty(0, np.float32), *deciding])
-    threshold = thresholds.threshold_for(scores, calibration, policy)
-    _warn_of_small_calibration(policy, threshold, len(calibration))
-    kept = thresholds.keep(scores, threshold, policy.keep_unscored)
-    _refuse_to_remove_most(scores, kept, force)
+    committed, present = folder.committed_markers(), folder.present_files()
+    markers = folder.markers(sorted(run.shards), committed)
+    if [*committed] == [m.shard for m in markers] and (finished := _finished(folder, markers, present, policy, force)):
+        return finished
+    rule, result = _rule(folder, run, markers, policy, force)
     folder.delete_summary()
-    kept_of = dict(zip(markers, np.split(kept, np.cumsum([len(part) for part in deciding])[:-1]), strict=False))
-    tables = score_table.read_each(paths, ["shard", "key", "index", "status", "reason"])
-    rows = (_decide(*shard, threshold) for shard in zip(tables, deciding, kept_of.values(), strict=True))
-    committed = decisions.write_decisions(folder.decisions_path, rows)
-    todo = [shard for shard in scored if not _is_split(markers[shard.stem], decision_identity(kept_of[shard.stem]))]
-    task = SplitTask(storage.absolute(out))
-    resources = resources or runtime.plan(0, 0, -1, len(scored))
-    failed = []
+    todo = [run.shard(m.shard) for m in markers if not _is_split(m, rule.identity) or m.files.keys() - present]
+    task, at_once = SplitTask(storage.absolute(out), rule), _at_once(out, todo)
+    resources = resources or runtime.plan(0, 0, -1, len(todo))
+    split, failed = {marker.shard: marker for marker in markers}, {}
     with ProgressDisplay("clean", len(todo), sum(s.size for s in todo)) as display:
-        for outcome in runtime.map_shards(task, todo, resources, display, address):
-            failed += [outcome.error] if outcome.error else []
-    unscored = int(np.isnan(scores).sum())
-    result = CleanResult(threshold, int(kept.sum()), int((~kept).sum()), unscored, tuple(sorted(failed)))
-    folder.write_summary(_summary(run, list(markers.values()), policy, adapter, result, committed))
+        for outcome in workers.map_shards(task, todo, resources, display, address, at_once):
+            if outcome.result:
+                split[outcome.shard.stem] = outcome.result
+            else:
+                failed[outcome.shard.stem] = outcome.error
+    split |= {marker.shard: marker for marker in folder.read_markers(sorted(failed))}  # as far as they came
+    markers, result = list(split.values()), replace(result, failed=tuple(sorted(failed.values())))
+    folder.write_summary(_summary(run, markers, policy, rule, result), markers)
     return result
 
 
+def _finished(
+    folder: ScanFolder, markers: Sequence[ShardMarker], present: set[str], policy: ThresholdPolicy, force: bool
+) -> CleanResult | None:
+    """What an earlier run of the same pass 2 left, when nothing of it is missing."""
+    summary = folder.summary()
+    if summary is None or summary.policy != policy or summary.shards_failed:
+        return None
+    whole = len(markers) == summary.shards and all(
+        _is_split(m, summary.rule) and m.files.keys() <= present for m in markers
+    )
+    if not whole or (_is_most(summary.removed, summary.samples) and not force):
+        return None
+    log.info("clean: all %d shards were split before", summary.shards)
+    return CleanResult(summary.threshold, summary.kept, summary.removed, summary.unscored, ())
+
+
 # ---------------------------------------------------------------- deciding
+
+
+def _rule(
+    folder: ScanFolder, run: Run, markers: Sequence[ShardMarker], policy: ThresholdPolicy, force: bool
+) -> tuple[Rule, CleanResult]:
+    """One threshold for the whole scan. Memory: one float32 a sample, and a few times that while the threshold is found."""
+    detector = _detector(folder.path, run, policy)
+    calibration = detector.calibration(run.effort) if detector else np.empty(0, np.float32)
+    reference = detector.adaptable_reference(run.effort) if detector and policy.adapt else None
+    samples = {folder.scores(marker.shard): marker.samples for marker in markers}
+    adapter = score_adapter(samples, reference, calibration)
+    scores = adapter.scores_of_all(samples)
+    threshold = thresholds.threshold_for(scores, calibration, policy)
+    _warn_of_small_calibration(policy, threshold, len(calibration))
+    kept = int(thresholds.keep(scores, threshold, policy.keep_unscored).sum())
+    result = CleanResult(threshold, kept, len(scores) - kept, int(np.isnan(scores).sum()), ())
+    if _is_most(result.removed, len(scores)) and not force:
+        raise RefusedError(
+            f"{result.removed} of {len(scores)} samples would be removed ({result.unscored} of them have no score), which is "
+            "more than half. Is the auxiliary set like these shards, and is the encoder the right one? Look at "
+            "`sanitize audit`; try --policy robust; --force goes on anyway. No clean shard was written."
+        )
+    return Rule(threshold, policy.keep_unscored, adapter), result
+
+
+def _is_most(removed: int, samples: int) -> bool:
+    return removed * 2 > samples
 
 
 def _detector(out: str, run: Run, policy: ThresholdPolicy) -> Detector | None:
@@ -133,45 +167,17 @@ def _warn_of_small_calibration(policy: ThresholdPolicy, threshold: float, calibr
         )
 
 
-def _refuse_to_remove_most(scores: NDArray[np.float32], kept: NDArray[np.bool_], force: bool) -> None:
-    removed = int((~kept).sum())
-    if removed * 2 > len(kept) and not force:
-        raise RefusedError(
-            f"{removed} of {len(kept)} samples would be removed ({int(np.isnan(scores).sum())} of them have no score), which is "
-            "more than half. Is the auxiliary set like these shards, and is the encoder the right one? Look at "
-            "`sanitize audit`; try --policy robust; --force goes on anyway. No clean shard was written."
-        )
-
-
-def _decide(table: pa.Table, scores: NDArray[np.float32], kept: NDArray[np.bool_], threshold: float) -> pa.Table:
-    """The rows of one shard in decisions.parquet. table: its score rows; scores, kept (N,)."""
-    statuses, reasons = (table.column(name).to_pylist() for name in ("status", "reason"))
-    columns = {name: table.column(name) for name in ("shard", "key", "index")}
-    columns["keep"] = pa.array(kept)
-    columns["reason"] = pa.array(
-        [
-            f"{status}: {reason}" if status != "ok" else "" if keep else "score above threshold"
-            for status, reason, keep in zip(statuses, reasons, kept.tolist(), strict=True)
-        ],
-        pa.string(),
-    )
-    columns["score"] = pa.array(scores, mask=np.isnan(scores))
-    columns["threshold"] = pa.array(np.full(len(kept), threshold, np.float32))
-    return pa.table(columns, schema=decisions.SCHEMA)
-
-
 def _summary(
     run: Run,
     markers: Sequence[ShardMarker],
     policy: ThresholdPolicy,
-    adapter: ScoreAdapter,
+    rule: Rule,
     result: CleanResult,
-    committed: str,
 ) -> Summary:
     unscored_shards = sorted(set(run.shards) - {marker.shard for marker in markers})
     return Summary(
         policy=policy,
-        scores=adapter.identity,
+        scores=rule.adapter.identity,
         threshold=result.threshold,
         samples=result.kept + result.removed,
         kept=result.kept,
@@ -181,51 +187,71 @@ def _summary(
         shards_failed=(*unscored_shards, *result.failed),
         shards_damaged={marker.shard: marker.input.damage for marker in markers if marker.input.damage},
         loose_members=sum(marker.input.loose_members for marker in markers),
-        decisions_sha256=committed,
+        rule=rule.identity,
     )
 
 
 # ---------------------------------------------------------------- splitting
 
 
+def _at_once(out: str, shards: Sequence[Shard]) -> int:
+    """Shards that one worker copies at a time: where every request waits for a network many small ones, of large ones a few."""
+    largest = max((shard.size for shard in shards), default=0)
+    remote = not storage.is_local(out) or not all(storage.is_local(shard.url) for shard in shards)
+    return max(1, min(storage.READ_AHEAD, IN_FLIGHT // max(largest, 1))) if remote else 1
+
+
 @dataclass(frozen=True)
 class SplitTask:
-    """Copy one shard into a clean and a quarantine tar, by its rows of decisions.parquet."""
+    """Decide on one shard by the rule of the whole scan, and copy it into a clean and a quarantine tar."""
 
     out: str
+    rule: Rule
 
     def start(self, threads: int) -> ShardFunction[ShardMarker]:  # noqa: ARG002 - copying needs no threads
         folder = ScanFolder(self.out)
-        table, run = folder.decisions(), folder.run()
-        return lambda shard, progress: _split(folder, run, shard, table.of(shard.stem), progress)
+        run = folder.run()
+        return lambda shard, progress: _split(folder, run, shard, self.rule, progress)
 
 
-def _is_split(marker: ShardMarker, decision: str) -> bool:
-    return marker.clean is not None and marker.clean.decision == decision
+def _is_split(marker: ShardMarker, rule: str) -> bool:
+    return marker.clean is not None and marker.clean.rule == rule
 
 
-def _split(folder: ScanFolder, run: Run, shard: Shard, decided: Decisions, progress: ProgressCallback) -> ShardMarker:
-    marker = folder.marker(shard.stem)
-    assert marker is not None, "only scored shards are split"
+def _split(folder: ScanFolder, run: Run, shard: Shard, rule: Rule, progress: ProgressCallback) -> ShardMarker:
+    before = folder.read_marker(shard.stem)
+    if _is_split(before, rule.identity) and folder.has(
+        before.files
+    ):  # by a worker that was lost before it could say so
+        return before
+    table = score_table.read(folder.scores(shard.stem), [*rule.columns, "sha256"])
+    rows = rule.decide(table)
+    decided = Decisions.of(rows)
     decision = decision_identity(decided.keep)
-    if _is_split(marker, decision):  # by a worker that was lost before it could say so
-        return marker
     # forget what another decision left before anything can go wrong: its tars may hold what is to be removed now
-    if marker.clean:
-        marker = marker.unsplit()
+    marker = before.unsplit()
+    if before.clean:
         folder.write_marker(marker)
-    for path in folder.tars(shard.stem):
-        storage.delete(path)
-    names = folder.part_names(shard.stem)
-    parts = split_shard(
-        folder.scored_shard(run, marker, decided),
-        decided.keep,
-        lambda keep: storage.atomic_write(folder.at(names[keep])),
-    )
-    files = {names[keep]: WrittenFile(part.size, part.sha256()) for keep, part in parts.items()}
+    tars = before.tars() if before.clean and before.clean.decision == decision else {}
+    if not tars or not folder.has(tars):
+        images = table.column("sha256").to_pylist()
+        tars = _copy(folder, folder.scored_shard(run, marker, decided.keys, images), decided.keep)
+    written = write_decisions(folder.at(folder.decisions_name(shard.stem)), rows)
     removed = int((~decided.keep).sum())
-    split = Split(kept=len(decided.keep) - removed, removed=removed, decision=decision)
-    marker = replace(marker, clean=split, files=marker.files | files)
+    marker = replace(
+        marker,
+        clean=Split(kept=len(decided.keep) - removed, removed=removed, decision=decision, rule=rule.identity),
+        files=marker.files | tars | {folder.decisions_name(shard.stem): WrittenFile.of(written)},
+    )
     folder.write_marker(marker)
     progress(len(decided.keep), removed, shard.size)
     return marker
+
+
+def _copy(folder: ScanFolder, scored: ScoredShard, keep: NDArray[np.bool_]) -> dict[str, WrittenFile]:
+    stem, names = scored.shard.stem, folder.part_names(scored.shard.stem)
+    for name in (*names.values(), folder.decisions_name(stem)):
+        storage.delete(folder.at(name))
+    storage.require_temporary_space(folder.path, scored.shard.size)
+    parts = split_shard(scored, keep, lambda kept: storage.atomic_write(folder.at(names[kept])))
+    return {names[kept]: WrittenFile.of(part) for kept, part in parts.items()}

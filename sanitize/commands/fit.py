@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sanitize import plots, runtime, storage
+from sanitize import plots, runtime, storage, workers
 from sanitize.artifacts import run_record
 from sanitize.artifacts.detector_folder import DESCRIPTION, Detector, FitSummary, load_detector, save_detector
 from sanitize.artifacts.folder_lock import folder_lock
@@ -103,7 +103,7 @@ def _embed(config: FitConfig, shards: list[Shard], resources: Resources) -> tupl
     )
     failed: list[str] = []
     with ProgressDisplay("embed", len(shards), sum(s.size for s in shards)) as display:
-        for outcome in runtime.map_shards(task, shards, resources, display, config.address):
+        for outcome in workers.map_shards(task, shards, resources, display, config.address):
             failed += [outcome.error] if outcome.error else []
     for error in failed:
         log.warning("auxiliary shard left out: %s", error)

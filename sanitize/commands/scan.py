@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sanitize import runtime, storage
+from sanitize import runtime, storage, workers
 from sanitize.artifacts.detector_folder import (
     Detector,
     load_detector,
@@ -24,7 +24,7 @@ from sanitize.config_loading import to_mapping
 from sanitize.errors import ShardError
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
-from sanitize.runtime import ProgressCallback, Resources, ShardFunction
+from sanitize.runtime import Resources
 from sanitize.stages.captions import split_member
 from sanitize.stages.prefetch import image_batches
 from sanitize.stages.score_table import Floats, ScoreWriter, rows
@@ -33,6 +33,7 @@ from sanitize.stages.shard_reader import ShardReader
 from sanitize.stages.shards import head_tails, list_shards, open_shard, refuse_to_overwrite
 from sanitize.stages.text import load_text_encoder
 from sanitize.stages.thresholds import threshold_for
+from sanitize.workers import ProgressCallback, ShardFunction
 
 log = logging.getLogger(__name__)
 
@@ -131,10 +132,12 @@ def _score(
     )
     scored = folder.scored()
     todo = [shard for shard in shards if shard.stem not in scored]
+    if todo:
+        folder.delete_summary()  # of a pass 2 without them
     if len(todo) < len(shards):
         log.info("%d of %d shards were scored before", len(shards) - len(todo), len(shards))
     with ProgressDisplay("scan", len(todo), sum(s.size for s in todo)) as display:
-        outcomes = runtime.map_shards(task, todo, resources, display, config.address)
+        outcomes = workers.map_shards(task, todo, resources, display, config.address)
         return [outcome.error for outcome in outcomes if outcome.error]
 
 

@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from sanitize import storage
-from sanitize.artifacts.decisions import DecisionTable
 from sanitize.artifacts.folder_lock import folder_lock
 from sanitize.artifacts.scan_folder import (
     Run,
     ScanFolder,
     ShardMarker,
+    Summary,
     WrittenFile,
     decision_identity,
 )
 from sanitize.errors import RefusedError, ShardError
 from sanitize.records import Shard
 from sanitize.stages import score_table
+from sanitize.stages.decision_table import Decisions
 from sanitize.stages.shard_reader import ShardReader
 from sanitize.stages.splitting import split_shard
 
@@ -45,8 +46,8 @@ class VerifyResult:
 
 
 def verify(out: str, *, deep: bool = False, repair: bool = False) -> VerifyResult:
-    """Check hashes of all files named by markers, row counts, that every shard was split as it was decided, and that
-    clean + quarantine = input, sample for sample.
+    """Check hashes of all files named by markers, row counts, that every shard was split as it was decided and by the rule of the
+    whole scan, and that clean + quarantine = input, sample for sample.
 
     deep: read the inputs as well and split each once more, into nothing: the tars hold the input's bytes, as the decisions say.
     repair: delete what is damaged; the same `sanitize scan` then does that part again, and only that.
@@ -54,17 +55,19 @@ def verify(out: str, *, deep: bool = False, repair: bool = False) -> VerifyResul
     folder = ScanFolder(out)
     run = folder.run()
     with folder_lock(out, "verify --repair") if repair else contextlib.nullcontext():
-        markers, problems = folder.markers(sorted(run.shards)), []
+        summary, scored = folder.summary(), folder.scored()
+        markers, problems = folder.read_markers([stem for stem in sorted(run.shards) if stem in scored]), []
         for stem in sorted(set(run.shards) - {marker.shard for marker in markers}):
             problems.append(Problem(f"{stem}: not scored. Run the same `sanitize scan` again."))
-        table, wrong = _decisions(folder)
-        problems += wrong
-        for found in storage.read_ahead(lambda marker: _shard_problems(folder, run, marker, table, deep), markers):
+        for found in storage.read_ahead(lambda marker: _shard_problems(folder, run, marker, summary, deep), markers):
             problems += found
+        if summary and markers != list(folder.committed_markers().values()):
+            text = f"markers.jsonl: not what done/ says. {_repair(folder)}"
+            problems.append(Problem(text, ("summary.json", "markers.jsonl")))
         named = {name for marker in markers for name in marker.files}
         for name in sorted(folder.present_files() - named):
             problems.append(Problem(f"{name}: no marker names it. Delete it.", (name,)))
-        if any(marker.clean for marker in markers) and folder.summary() is None:
+        if any(marker.clean for marker in markers) and summary is None:
             problems.append(Problem("summary.json: missing, so pass 2 did not end. Run `sanitize clean` again."))
         deleted = _delete(folder, problems) if repair else ()
     return VerifyResult(
@@ -77,38 +80,34 @@ def verify(out: str, *, deep: bool = False, repair: bool = False) -> VerifyResul
 
 
 def _delete(folder: ScanFolder, problems: Sequence[Problem]) -> tuple[str, ...]:
+    names = tuple(sorted({name for problem in problems for name in problem.delete}))
+    if names:
+        folder.delete_summary()
     for problem in problems:
         if problem.unsplit:
             folder.write_marker(problem.unsplit.unsplit())
-    names = tuple(sorted({name for problem in problems for name in problem.delete}))
     for name in names:
         storage.delete(folder.at(name))
     return names
 
 
-def _decisions(folder: ScanFolder) -> tuple[DecisionTable | None, list[Problem]]:
-    """The decisions of a finished pass 2, and what is wrong with them."""
-    summary = folder.summary()
-    if summary is None:
-        return None, []
-    try:
-        return folder.decisions(summary.decisions_sha256), []
-    except RefusedError:
-        text = "decisions.parquet: missing or changed. Run `sanitize clean` again."
-        return None, [Problem(text, ("decisions.parquet", "summary.json"))]
-
-
 def _shard_problems(
-    folder: ScanFolder, run: Run, marker: ShardMarker, table: DecisionTable | None, deep: bool
+    folder: ScanFolder, run: Run, marker: ShardMarker, summary: Summary | None, deep: bool
 ) -> list[Problem]:
     broken = [
         problem for name, entry in marker.files.items() for problem in _file_problems(folder, marker, name, entry)
     ]
     problems = broken or list(_count_problems(folder, marker))
-    if table:
-        problems += _split_problems(marker, table)
-    if table and deep and not problems:
-        problems += _input_problems(folder, run, marker, table)
+    if summary and (marker.clean is None or marker.clean.rule != summary.rule):
+        problems.append(Problem(f"{marker.shard}: not split as summary.json says. Run `sanitize clean` again."))
+    if marker.clean and not problems:
+        try:
+            decided = folder.decisions(marker)
+        except RefusedError as error:
+            return [_split_again(marker, str(error))]
+        problems += _decision_problems(folder, marker, decided)
+        if deep and not problems:
+            problems += _input_problems(folder, run, marker, decided)
     return problems
 
 
@@ -154,24 +153,24 @@ def _count_problems(folder: ScanFolder, marker: ShardMarker) -> Iterator[Problem
             yield _split_again(marker, f"{name}: holds {found} samples, {expected} were committed. {_repair(folder)}")
 
 
-def _split_problems(marker: ShardMarker, table: DecisionTable) -> list[Problem]:
-    decided = table.of(marker.shard).keep
-    if marker.clean is None or marker.clean.decision != decision_identity(decided) or len(decided) != marker.samples:
-        return [Problem(f"{marker.shard}: not split as decisions.parquet says. Run `sanitize clean` again.")]
-    return []
+def _decision_problems(folder: ScanFolder, marker: ShardMarker, decided: Decisions) -> list[Problem]:
+    assert marker.clean is not None, "of shards that were split"
+    if marker.clean.decision == decision_identity(decided.keep) and len(decided.keep) == marker.samples:
+        return []
+    name = folder.decisions_name(marker.shard)
+    return [_split_again(marker, f"{name}: not what the shard was split by. {_repair(folder)}")]
 
 
-def _input_problems(folder: ScanFolder, run: Run, marker: ShardMarker, table: DecisionTable) -> list[Problem]:
+def _input_problems(folder: ScanFolder, run: Run, marker: ShardMarker, decided: Decisions) -> list[Problem]:
     """What splitting the input once more would write differently."""
-    decided = table.of(marker.shard)
+    images = score_table.read(folder.scores(marker.shard), ["sha256"]).column("sha256").to_pylist()
+    scored = folder.scored_shard(run, marker, decided.keys, images)
     try:
-        scored = folder.scored_shard(run, marker, decided)
         parts = split_shard(scored, decided.keep, lambda _: contextlib.nullcontext(storage.HashingWriter(_Nothing())))
     except ShardError as error:
         return [Problem(str(error))]
     names = folder.part_names(marker.shard)
-    expected = {names[keep]: WrittenFile(part.size, part.sha256()) for keep, part in parts.items()}
-    written = {name: entry for name, entry in marker.files.items() if name in names.values()}
+    expected, written = {names[keep]: WrittenFile.of(part) for keep, part in parts.items()}, marker.tars()
     differing = sorted(name for name in expected.keys() | written.keys() if expected.get(name) != written.get(name))
     return [
         _split_again(marker, f"{name}: is not what the input and the decisions give. {_repair(folder)}")

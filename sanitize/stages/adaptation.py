@@ -6,15 +6,18 @@ cross the threshold than promised. The columns of pass 1 are enough to move cent
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
 from sanitize import storage
+from sanitize.errors import StorageError
+from sanitize.progress import ProgressDisplay
 from sanitize.stages import score_table
 from sanitize.stages.clean_reference import CleanReference, adapted
 
@@ -43,6 +46,22 @@ class ScoreAdapter:
             return score_table.numbers(table, "score")
         return self.reference.distance(torch.from_numpy(score_table.statistics(table))).numpy()
 
+    def scores_of_all(self, samples: Mapping[str, int]) -> Floats:
+        """(N,) float32 of score files with so many samples each, in order; one file in memory at a time."""
+        scores, done = np.empty(sum(samples.values()), np.float32), 0
+        with ProgressDisplay("decide", len(samples), len(scores)) as display:
+            tables = score_table.read_each(list(samples), self.columns)
+            for number, ((path, count), table) in enumerate(zip(samples.items(), tables, strict=True), 1):
+                if len(table) != count:
+                    raise StorageError(
+                        f"{path}: {len(table)} rows for {count} samples. Run `sanitize verify --repair`, then the same `sanitize scan` "
+                        "again."
+                    )
+                scores[done : done + count] = self.scores(table)
+                done += count
+                display.update(number, done, done)
+        return scores
+
     @property
     def identity(self) -> str:
         """For people and for comparing two decisions; the same scan gives the same."""
@@ -52,15 +71,15 @@ class ScoreAdapter:
         return f"adapted {storage.json_sha256(tensors)[:12]}"
 
 
-def score_adapter(paths: Sequence[str], reference: CleanReference | None, calibration: Floats) -> ScoreAdapter:
+def score_adapter(samples: Mapping[str, int], reference: CleanReference | None, calibration: Floats) -> ScoreAdapter:
     """Adapted when there is a reference to adapt (every image was perturbed) and the scan's bulk can be trusted.
 
-    Whether it is trusted depends on the scan alone, not on the threshold asked for: else a laxer threshold could bring samples back
-    that a stricter one kept.
+    samples: in each score file. Whether it is trusted depends on the scan alone, not on the threshold asked for: else a laxer
+    threshold could bring samples back that a stricter one kept.
     """
     if reference is None:
         return ScoreAdapter()
-    rows = distinct_statistics(paths, key=reference.centre.numpy().tobytes())
+    rows = distinct_statistics(samples, key=reference.centre.numpy().tobytes())
     before = reference.distance(torch.from_numpy(rows)).numpy()
     if reason := reason_not_to_adapt(before, calibration):
         log.warning("not adapted to the scan: %s", reason)
@@ -98,25 +117,32 @@ def flagged_share(scores: Floats, calibration: Floats) -> float:
     return float((scores > np.quantile(calibration, 0.99, method="higher")).mean())
 
 
-def distinct_statistics(paths: Sequence[str], key: bytes, limit: int = MAX_ROWS) -> Floats:
-    """(N, V + 2) of the scored samples, each image once (by its SHA-256: copies of one image are no bulk), about `limit` of them.
+def distinct_statistics(samples: Mapping[str, int], key: bytes, limit: int = MAX_ROWS) -> Floats:
+    """(N, V + 2) of the scored samples of score files, each image once (by its SHA-256: copies of one image are no bulk), about
+    `limit` of them.
 
     key: of the draw; an attacker who knew which images are drawn could make its own the bulk
     """
-    share = limit / max(sum(storage.read_ahead(score_table.count_rows, paths)), 1)
-    parts, seen = [np.empty((0, len(score_table.STATISTICS_COLUMNS)), np.float32)], set[bytes]()
-    for table in score_table.read_each(paths, [*score_table.STATISTICS_COLUMNS, "sha256"]):
-        statistics = score_table.statistics(table)
+    share = limit / max(sum(samples.values()), 1)
+    parts, seen = [np.empty((0, len(score_table.STATISTICS_COLUMNS)), np.float32)], set[str]()
+    for table in score_table.read_each(list(samples), [*score_table.STATISTICS_COLUMNS, "sha256"]):
+        statistics, digests = score_table.statistics(table), table.column("sha256")
+        candidates = np.flatnonzero(np.isfinite(statistics).all(axis=1))
+        if share < 1:
+            candidates = candidates[_drawn(digests.take(candidates), key) < share]
         rows = []
-        for row in np.flatnonzero(np.isfinite(statistics).all(axis=1)).tolist():
-            digest = bytes.fromhex(table.column("sha256")[row].as_py())
-            if digest not in seen and (share >= 1 or _drawn(digest, key) < share):
+        for row, digest in zip(candidates.tolist(), digests.take(candidates).to_pylist(), strict=True):
+            if digest not in seen:
                 seen.add(digest)
                 rows.append(row)
         parts.append(statistics[rows])
     return np.concatenate(parts)
 
 
-def _drawn(digest: bytes, key: bytes) -> float:
-    """In [0, 1), uniform."""
-    return int.from_bytes(hashlib.blake2b(digest, key=key[:64], digest_size=8).digest()) / 2**64
+def _drawn(digests: pa.ChunkedArray, key: bytes) -> NDArray[np.float64]:
+    """(N,) in [0, 1), uniform: of hexadecimal SHA-256, mixed with the key as in splitmix64 (Steele, Lea and Flood 2014)."""
+    words = np.frombuffer(bytes.fromhex("".join(pc.utf8_slice_codeunits(digests, 0, 16).to_pylist())), ">u8")
+    for secret in np.frombuffer(hashlib.sha256(key).digest(), np.uint64):
+        words = (words ^ secret) * np.uint64(0xBF58476D1CE4E5B9)
+        words ^= words >> np.uint64(31)
+    return words / 2.0**64

@@ -1,8 +1,9 @@
 """Tar shards: list and open them, tell their images, end the tars that byte ranges are copied into."""
 
+import contextlib
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -144,20 +145,22 @@ def head_tails(shards: Sequence[Shard]) -> dict[str, str]:
 
 def open_shard(shard: Shard) -> IO[bytes]:
     """Open one shard of a run; one that has gone or cannot be opened fails alone."""
-    try:
+    with _shard_errors():
         return storage.open_read(shard.url)
-    except StorageError as error:
-        raise ShardError(str(error)) from None
 
 
 def read_block(file: IO[bytes], size: int, url: str) -> bytes:
     """Read, and name the shard when the device or the network fails."""
-    try:
+    with _shard_errors(), storage.explain_read_errors(url):
         return file.read(size)
-    except OSError as error:
-        raise ShardError(
-            f"{url}: cannot be read ({error}). Check the device or connection, then run the same command."
-        ) from error
+
+
+@contextlib.contextmanager
+def _shard_errors() -> Iterator[None]:
+    try:
+        yield
+    except StorageError as error:
+        raise ShardError(str(error), may_pass=error.may_pass) from error.__cause__
 
 
 def is_image(extension: str, image_member: str = "") -> bool:

@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import false_discovery_control, median_abs_deviation
 
 from sanitize.config import ThresholdPolicy
 from sanitize.errors import ConfigError
@@ -15,12 +14,8 @@ MAD_TO_DEVIATION = 1.4826  # of a Gaussian
 
 def p_values(scores: Floats, calibration: Floats) -> Floats:
     """(1 + #{calibration >= score}) / (n + 1), (N,) float32; calibration (n,) sorted upwards; NaN stays NaN."""
-    return _p_values(scores, calibration).astype(np.float32)
-
-
-def _p_values(scores: Floats, calibration: Floats) -> NDArray[np.float64]:
     at_least = len(calibration) - np.searchsorted(calibration, scores, side="left")
-    return np.where(np.isnan(scores), np.nan, (1 + at_least) / (len(calibration) + 1))
+    return np.where(np.isnan(scores), np.nan, (1 + at_least) / (len(calibration) + 1)).astype(np.float32)
 
 
 def threshold_for(scores: Floats, calibration: Floats, policy: ThresholdPolicy) -> float:
@@ -29,19 +24,24 @@ def threshold_for(scores: Floats, calibration: Floats, policy: ThresholdPolicy) 
     calibrated: conformal quantile, at most `fpr` of clean images above it. fdr: Benjamini-Hochberg on p-values.
     fraction: the top share of this scan (ties are kept). robust: median + mad * 1.4826 MAD of this scan.
     """
-    finite = scores[np.isfinite(scores)]
     if policy.policy == "absolute":
         return policy.threshold
     if policy.policy == "calibrated":
         return _conformal(calibration, policy.fpr)
+    finite = scores[np.isfinite(scores)]  # a copy; what follows makes at most one more, for there may be 10^9
     if len(finite) == 0:
         return math.inf
     if policy.policy == "fdr":
         return _benjamini_hochberg(finite, calibration, policy.fpr)
     if policy.policy == "fraction":
-        removed = round(policy.fraction * len(finite))
-        return float(np.sort(finite)[len(finite) - removed - 1]) if removed < len(finite) else -math.inf
-    return float(np.median(finite)) + policy.mad * MAD_TO_DEVIATION * float(median_abs_deviation(finite))
+        highest_kept = len(finite) - round(policy.fraction * len(finite)) - 1
+        if highest_kept < 0:
+            return -math.inf
+        finite.partition(highest_kept)
+        return float(finite[highest_kept])
+    median = float(np.median(finite, overwrite_input=True))
+    np.abs(np.subtract(finite, np.float32(median), out=finite), out=finite)
+    return median + policy.mad * MAD_TO_DEVIATION * float(np.median(finite, overwrite_input=True))
 
 
 def _conformal(calibration: Floats, fpr: float) -> float:
@@ -56,12 +56,22 @@ def _conformal(calibration: Floats, fpr: float) -> float:
 
 
 def _benjamini_hochberg(finite: Floats, calibration: Floats, rate: float) -> float:
-    kept = finite[
-        false_discovery_control(_p_values(finite, calibration)) > rate * (1 + 1e-9)
-    ]  # reached exactly: removed
-    if len(kept) == len(finite):
+    """Benjamini and Hochberg 1995. A score's p-value is one of n + 1, by how many calibration scores are below it: so counts of
+    these are all it takes."""
+    count, chunk = len(calibration), 1 << 20
+    counts = np.zeros(count + 1, np.int64)  # of scores, by the calibration scores below them
+    for start in range(0, len(finite), chunk):
+        below = np.searchsorted(calibration, finite[start : start + chunk], side="left")
+        counts += np.bincount(below, minlength=count + 1)
+    p_values = (1 + count - np.arange(count + 1)) / (count + 1)
+    at_most = counts[::-1].cumsum()[::-1]  # scores with this p-value or a smaller one
+    adjusted = np.minimum.accumulate(p_values * (len(finite) / np.maximum(at_most, 1)))
+    kept = np.flatnonzero((counts > 0) & (adjusted > rate * (1 + 1e-9)))  # reached exactly: removed
+    if len(kept) == 0:
+        return -math.inf
+    if not (counts[kept[-1] + 1 :]).any():
         return math.inf
-    return float(kept.max()) if len(kept) else -math.inf
+    return float(finite[finite <= calibration[kept[-1]]].max())
 
 
 def smallest_share(calibration: int, rate: float) -> float:

@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sanitize import runtime, storage
+from sanitize import runtime, storage, workers
 from sanitize.config import EncoderSpec
 from sanitize.errors import ShardError
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
-from sanitize.runtime import ProgressCallback, Resources, ShardFunction
+from sanitize.runtime import Resources
 from sanitize.stages.clean_reference import embedding_statistics, neighbour_distance
 from sanitize.stages.encoders import Encoder, embed, load_encoder
 from sanitize.stages.images import to_batch
@@ -24,6 +24,7 @@ from sanitize.stages.precision import resolve_precision
 from sanitize.stages.prefetch import image_batches
 from sanitize.stages.shard_reader import ShardReader
 from sanitize.stages.shards import open_shard
+from sanitize.workers import ProgressCallback, ShardFunction
 
 Statistics = dict[str, NDArray[np.float32]]  # SHA-256 of an image's bytes → (V + 2,)
 
@@ -90,7 +91,7 @@ def measure_statistics(task: StatisticsTask, shards: Sequence[Shard], resources:
     """Of all wanted images. Raises ShardError when a shard that was read before cannot be read now."""
     found: Statistics = {}
     with ProgressDisplay("calibrate", len(shards), sum(shard.size for shard in shards)) as display:
-        for outcome in runtime.map_shards(task, shards, resources, display, address):
+        for outcome in workers.map_shards(task, shards, resources, display, address):
             if outcome.result is None:
                 raise ShardError(f"{outcome.error} It could be read when this fit began; run the same command again.")
             found |= outcome.result

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sanitize import runtime, storage
+from sanitize import storage, workers
 from sanitize.config import EncoderSpec, FinetuneConfig
 from sanitize.config_loading import from_mapping, to_mapping
 from sanitize.errors import ConfigError
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
-from sanitize.runtime import Outcome, ProgressCallback, Resources, ShardFunction
+from sanitize.runtime import Resources
 from sanitize.training.embedding_cache import EmbedTask, LabelledEmbeddings, load_embeddings
 from sanitize.training.sample_index import DataSet, SampleIndex, index_shard
+from sanitize.workers import Outcome, ProgressCallback, ShardFunction
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def index_sources(
     task = IndexTask(config.image_member, {s.name: (s.label_member, s.caption_member) for s in sources}, cache)
     shards = [dataclasses.replace(shard, stem=f"{s.name}/{shard.stem}") for s in sources for shard in s.shards]
     with ProgressDisplay("index", len(shards), sum(shard.size for shard in shards)) as display:
-        outcomes = list(runtime.map_shards(task, shards, resources, display, config.address))
+        outcomes = list(workers.map_shards(task, shards, resources, display, config.address))
     outcomes.sort(key=lambda outcome: outcome.shard.stem)
     return {source.name: _indexed_source(source, outcomes, cache) for source in sources}
 
@@ -149,7 +150,7 @@ def embed_sources(
     )
     shards = [shard for source in sources for shard in source.data.shards]
     with ProgressDisplay("embed", len(shards), sum(shard.size for shard in shards)) as display:
-        for outcome in runtime.map_shards(task, shards, resources, display, config.address):
+        for outcome in workers.map_shards(task, shards, resources, display, config.address):
             if outcome.error:
                 log.warning("shard left out: %s", outcome.error)
     return {source.name: _features(source, cache) for source in sources}

@@ -11,13 +11,13 @@ from torch import Tensor
 from sanitize import runtime, storage
 from sanitize.config import EncoderSpec
 from sanitize.records import Shard
-from sanitize.runtime import ProgressCallback, ShardFunction
 from sanitize.stages.encoders import Encoder, embed, load_encoder
 from sanitize.stages.images import shrink, to_batch
 from sanitize.stages.precision import resolve_precision
 from sanitize.stages.prefetch import image_batches
 from sanitize.stages.shard_reader import ShardReader
 from sanitize.stages.shards import open_shard
+from sanitize.workers import ProgressCallback, ShardFunction
 
 
 @dataclass(frozen=True)
