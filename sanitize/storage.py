@@ -98,20 +98,21 @@ def open_read(path: str) -> IO[bytes]:
             _require_regular(local_path(path))
             return local_path(path).open("rb", buffering=1 << 20)
         fs, inner = filesystem(path)
-        with explain_read_errors(path):
-            try:
-                file: IO[bytes] = fs.open(inner, "rb")
-            except FileNotFoundError:
-                raise StorageError(f"{path}: no such file. Check the path.") from None
+        file: IO[bytes] = fs.open(inner, "rb")
         return file
-    except FileNotFoundError:
-        raise StorageError(f"{path}: no such file. Check the path.") from None
-    except PermissionError:
-        raise StorageError(f"{path}: no permission to read. Check the owner and mode of the file.") from None
-    except IsADirectoryError:
-        raise StorageError(f"{path}: is a folder, a file was expected.") from None
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be opened ({error}). Check the device or connection.") from None
+    except SanitizeError:
+        raise
+    except Exception as error:  # clients of object storage have errors of their own
+        unknown = f"cannot be opened ({error}). Check the device, the connection and your credentials"
+        how = next((text for kind, text in _OPEN_ERRORS.items() if isinstance(error, kind)), unknown)
+        raise StorageError(f"{path}: {how}.", may_pass=_may_pass(path, error)) from error
+
+
+_OPEN_ERRORS = {
+    FileNotFoundError: "no such file. Check the path",
+    PermissionError: "no permission to read. Check the owner and mode of the file",
+    IsADirectoryError: "is a folder, a file was expected",
+}
 
 
 def _require_regular(path: Path) -> None:

@@ -72,7 +72,7 @@ def decide_and_split(
     markers = folder.markers(sorted(run.shards), committed)
     if [*committed] == [m.shard for m in markers] and (finished := _finished(folder, markers, present, policy, force)):
         return finished
-    rule, result = _rule(folder, run, markers, policy, force)
+    rule, result = find_rule(folder, run, markers, policy, force)
     folder.delete_summary()
     todo = [run.shard(m.shard) for m in markers if not _is_split(m, rule.identity) or m.files.keys() - present]
     task, at_once = SplitTask(storage.absolute(out), rule), _at_once(out, todo)
@@ -109,7 +109,7 @@ def _finished(
 # ---------------------------------------------------------------- deciding
 
 
-def _rule(
+def find_rule(
     folder: ScanFolder, run: Run, markers: Sequence[ShardMarker], policy: ThresholdPolicy, force: bool
 ) -> tuple[Rule, CleanResult]:
     """One threshold for the whole scan. Memory: one float32 a sample, and a few times that while the threshold is found."""
