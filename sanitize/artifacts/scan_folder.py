@@ -24,6 +24,7 @@ from sanitize.artifacts import run_record
 from sanitize.config import ThresholdPolicy
 from sanitize.config_loading import from_mapping, to_mapping
 from sanitize.errors import ConfigError, StorageError
+from sanitize.hashing import HashingWriter
 from sanitize.records import Shard
 from sanitize.stages.decision_table import Decisions, read_decisions
 from sanitize.stages.splitting import ScoredShard
@@ -81,7 +82,7 @@ class WrittenFile:
     sha256: str
 
     @classmethod
-    def of(cls, file: storage.HashingWriter) -> "WrittenFile":
+    def of(cls, file: HashingWriter) -> "WrittenFile":
         return cls(file.size, file.sha256())
 
 

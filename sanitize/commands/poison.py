@@ -17,6 +17,7 @@ from sanitize.artifacts.truth import PoisonedSample, PoisonTruth, write_truth
 from sanitize.attacks.triggers import Trigger, poison_mask
 from sanitize.config import check
 from sanitize.errors import ConfigError, ShardError
+from sanitize.hashing import HashingWriter
 from sanitize.records import Sample, Shard
 from sanitize.stages.images import decode_image
 from sanitize.stages.shard_reader import ShardReader
@@ -142,7 +143,7 @@ def _encoded(pixels: Tensor, extension: str) -> bytes:
     return buffer.getvalue()
 
 
-def _add(target: storage.HashingWriter, name: str, data: bytes) -> None:
+def _add(target: HashingWriter, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(data)
     target.write(info.tobuf(tarfile.PAX_FORMAT, errors="surrogateescape"))

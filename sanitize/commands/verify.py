@@ -17,6 +17,7 @@ from sanitize.artifacts.scan_folder import (
     decision_identity,
 )
 from sanitize.errors import RefusedError, ShardError
+from sanitize.hashing import HashingWriter
 from sanitize.records import Shard
 from sanitize.stages import score_table
 from sanitize.stages.decision_table import Decisions
@@ -166,7 +167,7 @@ def _input_problems(folder: ScanFolder, run: Run, marker: ShardMarker, decided: 
     images = score_table.read(folder.scores(marker.shard), ["sha256"]).column("sha256").to_pylist()
     scored = folder.scored_shard(run, marker, decided.keys, images)
     try:
-        parts = split_shard(scored, decided.keep, lambda _: contextlib.nullcontext(storage.HashingWriter(_Nothing())))
+        parts = split_shard(scored, decided.keep, lambda _: contextlib.nullcontext(HashingWriter(_Nothing())))
     except ShardError as error:
         return [Problem(str(error))]
     names = folder.part_names(marker.shard)

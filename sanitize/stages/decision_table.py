@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from sanitize import storage
 from sanitize.errors import RefusedError
+from sanitize.hashing import HashingWriter
 from sanitize.stages import thresholds
 from sanitize.stages.adaptation import ScoreAdapter
 
@@ -76,7 +77,7 @@ class Decisions:
         return cls(keep, table.column("key").to_pylist(), scores)
 
 
-def write_decisions(path: str, table: pa.Table) -> storage.HashingWriter:
+def write_decisions(path: str, table: pa.Table) -> HashingWriter:
     with storage.atomic_write(path) as target:
         pq.write_table(table, target, compression="zstd")
     return target

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from sanitize import storage
 from sanitize.errors import StorageError
+from sanitize.hashing import HashingWriter
 from sanitize.records import DecodedImage
 from sanitize.stages.clean_reference import embedding_statistics
 from sanitize.stages.perturbations import CHANGE_COLUMNS
@@ -82,7 +83,7 @@ class ScoreWriter:
     A context manager: leaving it normally completes the file, leaving it by an error abandons it.
     """
 
-    def __init__(self, file: storage.HashingWriter, metadata: dict[str, str]) -> None:
+    def __init__(self, file: HashingWriter, metadata: dict[str, str]) -> None:
         schema = SCHEMA.with_metadata({"schema_version": str(SCHEMA_VERSION)} | metadata)
         self._writer = pq.ParquetWriter(file, schema, compression="zstd")
         self._pending: list[pa.Table] = []

@@ -12,6 +12,7 @@ import fsspec
 
 from sanitize import storage
 from sanitize.errors import ConfigError, ShardError, StorageError
+from sanitize.hashing import HashingWriter
 from sanitize.records import Shard
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "tif", "tiff")
@@ -185,7 +186,7 @@ def printable(name: str) -> str:
 # ---------------------------------------------------------------- copying
 
 
-def end_archive(target: storage.HashingWriter) -> None:
+def end_archive(target: HashingWriter) -> None:
     """Two zero blocks, then padding to a whole record, as every tar program writes."""
     target.write(bytes(2 * BLOCK))
     target.write(bytes(-target.size % RECORD))

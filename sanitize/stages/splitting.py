@@ -13,8 +13,8 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from sanitize import storage
 from sanitize.errors import ShardError
+from sanitize.hashing import HashingWriter
 from sanitize.records import Shard
 from sanitize.stages.shard_reader import ShardReader
 from sanitize.stages.shards import end_archive, open_shard, printable, read_block
@@ -78,8 +78,8 @@ def _plan(scored: ScoredShard, keep: NDArray[np.bool_]) -> CopyPlan:
 def split_shard(
     scored: ScoredShard,
     keep: NDArray[np.bool_],
-    open_part: Callable[[bool], contextlib.AbstractContextManager[storage.HashingWriter]],
-) -> dict[bool, storage.HashingWriter]:
+    open_part: Callable[[bool], contextlib.AbstractContextManager[HashingWriter]],
+) -> dict[bool, HashingWriter]:
     """Copy every range to its tar in one pass, at most 1 MiB in memory. keep: (N,) bool; open_part: of what is kept, of the rest.
 
     Returns the parts that were written; an empty one is not. The whole input and every scored image are hashed on the way: what is
