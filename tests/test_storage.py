@@ -281,3 +281,23 @@ def test_a_local_name_becomes_absolute_and_a_url_stays(tmp_path, monkeypatch):
     assert storage.absolute("a/b") == str(tmp_path / "a" / "b")
     assert storage.absolute("~/b") == str(tmp_path / "home" / "b")
     assert storage.absolute("memory://a/b") == "memory://a/b"
+
+
+def test_a_remote_file_needs_room_where_it_is_built(tmp_path):
+    with pytest.raises(
+        StorageError,
+        match=r"GiB free, and up to 1073741824\.00 GiB pass through it on the way to memory://out\. .* set TMPDIR",
+    ):
+        storage.require_temporary_space("memory://out", 1 << 60)
+    storage.require_temporary_space("memory://out", 1)
+    storage.require_temporary_space(str(tmp_path), 1 << 60)  # built where it stays
+
+
+@pytest.mark.parametrize(
+    ("error", "may_pass"), [(OSError("SlowDown"), True), (TimeoutError(), True), (PermissionError("expired"), False)]
+)
+def test_a_request_that_a_store_refused_for_now_may_pass_later(error, may_pass):
+    for path, expected in (("memory://x", may_pass), ("/x", False)):
+        with pytest.raises(StorageError) as raised, storage.explain_read_errors(path):
+            raise error
+        assert raised.value.may_pass is expected
