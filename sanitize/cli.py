@@ -1,12 +1,9 @@
 """Arguments → config → one command → exit code. Heavy imports happen inside the command.
 
-Exit codes: 0 done; 1 finished, but some shards failed or are damaged; 2 usage or configuration; 3 refused (`--force` overrides);
-130 interrupted (Ctrl-C), 143 terminated (SIGTERM): what is finished is kept.
+Exit codes: see EXIT_CODES.
 """
 
-import contextlib
 import logging
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -14,54 +11,41 @@ from typing import Any
 import click
 
 from sanitize import __version__
+from sanitize.cli_around import init, inspect, poison
 from sanitize.cli_options import (
     build_config,
     common_options,
-    parse_settings,
     policy_options,
     settings_of,
     take_policy,
 )
-from sanitize.config import FinetuneConfig, FitConfig, ScanConfig, ThresholdPolicy, check, preset
-from sanitize.config_loading import from_mapping, load_encoder_spec, overlay
-from sanitize.errors import ConfigError, SanitizeError
+from sanitize.cli_output import EXIT_CODES, Command, quiet_option, tell
+from sanitize.config import (
+    FIT_PRESETS,
+    MODES,
+    PRECISIONS,
+    FinetuneConfig,
+    FitConfig,
+    ScanConfig,
+    ThresholdPolicy,
+    preset,
+)
+from sanitize.config_loading import from_mapping, overlay, to_mapping
+from sanitize.errors import ConfigError
 
 
-class Command(click.Group):
-    """Turns our errors into one line on stderr and an exit code."""
-
-    def invoke(self, context: click.Context) -> Any:
-        word, code = "interrupted", 130
-
-        def terminate(*_: object) -> None:
-            """SIGTERM, which a scheduler sends before it takes the machine away, ends a command as Ctrl-C does."""
-            nonlocal word, code
-            word, code = "terminated", 143
-            raise KeyboardInterrupt
-
-        with contextlib.suppress(ValueError):  # not the main thread: somebody else's process, whose signals stay
-            signal.signal(signal.SIGTERM, terminate)
-        try:
-            return super().invoke(context)
-        except SanitizeError as error:
-            click.echo(f"error: {error}", err=True)
-            context.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo(f"{word}; run the same command again to go on.", err=True)
-            context.exit(code)
-
-
-@click.group(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Command, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
 @click.version_option(__version__)
-@click.option("--quiet", is_flag=True, help="Only warnings and results.")
-def main(quiet: bool) -> None:
+@quiet_option
+def main() -> None:
     """Find and remove backdoor samples from image training data before fine-tuning.
 
     \b
     sanitize fit  aux/    --encoder encoder.yaml   learn what this encoder's embeddings look like when decoded
     sanitize scan shards/                          score every sample, then write clean shards
     """
-    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
+    level = logging.WARNING if click.get_current_context().meta.get("quiet") else logging.INFO
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     for noisy in ("ray", "matplotlib", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -73,7 +57,12 @@ def main(quiet: bool) -> None:
 @click.argument("shards", nargs=-1)
 @click.option("--encoder", help="YAML file that describes the encoder under test")
 @click.option("--out", help="Detector folder to write [default: detector]")
-@click.option("--preset", "preset_name", default=None, help="default (low-resolution decoder) or paper (as published)")
+@click.option(
+    "--preset",
+    "preset_name",
+    type=click.Choice(list(FIT_PRESETS)),
+    help="default: low-resolution decoder; paper: as published [default: default]",
+)
 @click.option("--limit", type=int, help="Use at most this many auxiliary images")
 @click.option("--seed", type=int)
 @common_options
@@ -96,9 +85,11 @@ def fit(
         )
     detector = run(build_config(FitConfig, values, "fit"))
     summary = detector.summary
-    click.echo(
-        f"{values.get('out', 'detector')}: trained on {summary.training_images} images, "
-        f"calibrated on {summary.calibration_images}, last loss {summary.loss_by_epoch[-1]:.4f}"
+    out = values.get("out", "detector")
+    tell(
+        {"out": out, "fingerprint": detector.fingerprint, **to_mapping(summary)},
+        f"{out}: trained on {summary.training_images} images, calibrated on {summary.calibration_images}, last loss "
+        f"{summary.loss_by_epoch[-1]:.4f}",
     )
 
 
@@ -113,25 +104,30 @@ def fit(
     "--effort",
     help="thorough: perturb every image; fast: the most suspicious fifth; 0.05: that share [default: thorough]",
 )
-@click.option("--precision", help="auto, bf16 or fp32")
+@click.option("--precision", type=click.Choice(PRECISIONS), help="[default: auto]")
+@click.option("--limit", type=int, help="Only the first so many shards: a trial, into an --out of its own")
+@click.option("--dry-run", is_flag=True, help="Check everything and say what would be done; write nothing")
 @policy_options
 @common_options
-def scan(shards: tuple[str, ...], config: str, settings: tuple[str, ...], **options: Any) -> None:
+def scan(shards: tuple[str, ...], config: str, settings: tuple[str, ...], dry_run: bool, **options: Any) -> None:
     """Score every sample of SHARDS, then write clean and quarantine shards. Running it again finishes the rest.
 
     \b
     Example:  sanitize scan shards/ --detector detector/ --out scanned/
     """
+    from sanitize.commands.scan import plan_scan
     from sanitize.commands.scan import scan as run
 
-    policy = take_policy(options)
-    values = settings_of("scan", config, settings, options | {"shards": list(shards) or None})
-    if policy:
-        values = overlay(values, {"policy": policy})
-    result = run(build_config(ScanConfig, values, "scan"))
-    click.echo(f"{result.out}: {result.samples} samples scored, {result.unscored} without a score")
-    if result.cleaned:
-        click.echo(_cleaned(result.out, result.cleaned))
+    policy = take_policy(options) or None
+    values = settings_of("scan", config, settings, options | {"shards": list(shards) or None, "policy": policy})
+    settings_of_scan = build_config(ScanConfig, values, "scan")
+    if dry_run:
+        planned = plan_scan(settings_of_scan)
+        tell(planned, planned.text)
+        return
+    result = run(settings_of_scan)
+    lines = [f"{result.out}: {result.samples} samples scored, {result.unscored} without a score"]
+    tell(result, *lines, *([_cleaned(result.out, result.cleaned)] if result.cleaned else []))
     failed = [*result.failed, *result.damaged, *(result.cleaned.failed if result.cleaned else ())]
     _exit_for_shards(failed)
 
@@ -153,7 +149,11 @@ def _exit_for_shards(failed: Sequence[str]) -> None:
 @click.argument("shards", nargs=-1)
 @click.option("--encoder", help="YAML file that describes the encoder")
 @click.option("--out", help="Folder for the head, or the fine-tuned encoder [default: head]")
-@click.option("--mode", help="linear, mlp (512-256), full (encoder and linear head) or contrastive [default: linear]")
+@click.option(
+    "--mode",
+    type=click.Choice(MODES),
+    help="mlp: 512-256; full: encoder and linear head; contrastive: both towers of a CLIP [default: linear]",
+)
 @click.option("--validation", multiple=True, help="Shards to measure on after each epoch; can be given several times")
 @click.option("--triggered", multiple=True, help="Validation shards with the trigger stamped on all (sanitize poison)")
 @click.option("--target", type=int, help="Class that the trigger aims at")
@@ -162,7 +162,7 @@ def _exit_for_shards(failed: Sequence[str]) -> None:
 @click.option("--epochs", type=int, help="[default: 20]")
 @click.option("--learning-rate", type=float, help="[default: that of the mode]")
 @click.option("--patience", type=int, help="Stop after so many epochs without a better validation [default: never]")
-@click.option("--precision", help="auto, bf16 or fp32")
+@click.option("--precision", type=click.Choice(PRECISIONS), help="[default: auto]")
 @click.option("--seed", type=int)
 @common_options
 def finetune(shards: tuple[str, ...], config: str, settings: tuple[str, ...], **options: Any) -> None:
@@ -183,11 +183,11 @@ def finetune(shards: tuple[str, ...], config: str, settings: tuple[str, ...], **
     result = run(build_config(FinetuneConfig, values, "finetune"))
     last = result.epochs[-1]
     left_out = result.unreadable + sum(result.unusable.values())
-    click.echo(
-        f"{result.out}: {result.mode} trained on {result.samples} samples, {left_out} left out, last loss {last['loss']:.4f}"
+    tell(
+        result,
+        f"{result.out}: {result.mode} trained on {result.samples} samples, {left_out} left out, last loss {last['loss']:.4f}",
+        *(f"  {name.replace('_', ' ')}: {value:.4g}" for name, value in result.evaluation.items()),
     )
-    for name, value in result.evaluation.items():
-        click.echo(f"  {name.replace('_', ' ')}: {value:.4g}")
     _exit_for_shards(result.failed)
 
 
@@ -195,8 +195,12 @@ def finetune(shards: tuple[str, ...], config: str, settings: tuple[str, ...], **
 @click.argument("scanned", default="scanned")
 @click.option("--workers", default=0, show_default=True, help="Ray workers that copy; 0 = this process")
 @click.option("--address", default="", help="Ray cluster to join")
+@click.option("--config", default="", help="YAML whose scan.policy counts [default: sanitize.yaml if it is here]")
+@click.option("--dry-run", is_flag=True, help="Say what would be kept; write nothing")
 @policy_options
-def clean(scanned: str, force: bool | None, workers: int, address: str, **options: Any) -> None:
+def clean(
+    scanned: str, force: bool | None, workers: int, address: str, config: str, dry_run: bool, **options: Any
+) -> None:
     """Split the shards again at another threshold; scores are read, never computed.
 
     \b
@@ -204,11 +208,17 @@ def clean(scanned: str, force: bool | None, workers: int, address: str, **option
     """
     from sanitize import runtime
     from sanitize.commands.clean import clean as run
+    from sanitize.commands.clean import preview
 
-    policy = from_mapping(ThresholdPolicy, take_policy(options), "policy")
+    values = settings_of("scan", config, (), {"policy": take_policy(options) or None, "force": force})
+    policy = from_mapping(ThresholdPolicy, values.get("policy", {}), "policy")
+    if dry_run:
+        would = preview(scanned.rstrip("/"), policy)
+        tell(would, f"would write {_cleaned(scanned.rstrip('/'), would)}")
+        return
     resources = runtime.plan(workers, 1, 0, workers, address)
-    result = run(scanned.rstrip("/"), policy, force=bool(force), resources=resources, address=address)
-    click.echo(_cleaned(scanned.rstrip("/"), result))
+    result = run(scanned.rstrip("/"), policy, force=bool(values.get("force")), resources=resources, address=address)
+    tell(result, _cleaned(scanned.rstrip("/"), result))
     _exit_for_shards(result.failed)
 
 
@@ -225,8 +235,7 @@ def audit(scanned: str, truth: str, top: int) -> None:
     from sanitize.commands.audit import audit as run
 
     result = run(scanned.rstrip("/"), truth, top)
-    click.echo(result.text)
-    click.echo(f"  images and histogram: {result.report}")
+    tell(result, result.text, f"  images and histogram: {result.report}")
 
 
 @main.command()
@@ -244,98 +253,15 @@ def verify(scanned: str, deep: bool, repair: bool) -> None:
     result = run(scanned.rstrip("/"), deep=deep, repair=repair)
     for problem in result.problems:
         click.echo(f"problem: {problem}", err=True)
-    click.echo(
-        f"{scanned}: {result.shards} shards, {result.files} files, {result.samples} samples, {len(result.problems)} problems"
-    )
-    if result.deleted:
-        click.echo(f"{len(result.deleted)} files deleted. Run the same `sanitize scan` again; it writes them anew.")
+    counts = f"{result.shards} shards, {result.files} files, {result.samples} samples, {len(result.problems)} problems"
+    deleted = f"{len(result.deleted)} files deleted. Run the same `sanitize scan` again; it writes them anew."
+    tell(result, f"{scanned}: {counts}", *([deleted] if result.deleted else []))
     if result.problems:
         sys.exit(1)
 
 
-@main.command()
-@click.option("--encoder", default="", help="YAML file that describes the encoder under test")
-@click.option("--images", multiple=True, help="Auxiliary shards, no labels needed; can be given several times")
-@click.option(
-    "--peer", "peers", multiple=True, help="YAML of a clean encoder of the same architecture; give at least 3"
-)
-@click.option("--restarts", type=int, help="Inversions from other random starts [default: 3]")
-@click.option("--seed", type=int, help="[default: 0]")
-@click.option("--out", default="inspected", show_default=True, help="Folder for inspect.json and trigger.png")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting, for example pool=1024")
-def inspect(
-    encoder: str, images: tuple[str, ...], peers: tuple[str, ...], out: str, settings: tuple[str, ...], **options: Any
-) -> None:
-    """Is the encoder itself trojaned? (DECREE)
-
-    \b
-    Example:  sanitize inspect --encoder encoder.yaml --images aux/
-    """
-    from sanitize.commands.inspect import inspect as run
-    from sanitize.detectors.decree.config import DecreeConfig, recommended
-
-    check(bool(encoder), "no encoder given. Name its YAML file: sanitize inspect --encoder encoder.yaml --images aux/")
-    check(bool(images), f"no images given. Name auxiliary shards: sanitize inspect --encoder {encoder} --images aux/")
-    spec = load_encoder_spec(encoder)
-    values = overlay(recommended(spec.image_size), parse_settings(settings))
-    values = overlay(values, {key: value for key, value in options.items() if value is not None})
-    config = from_mapping(DecreeConfig, values, "settings of inspect")
-    result = run(spec, images, out.rstrip("/"), config, [load_encoder_spec(peer) for peer in peers])
-    click.echo(result.text)
-    click.echo(f"  numbers and image: {result.report}")
-
-
-@main.command()
-@click.argument("shards", nargs=-1, required=True)
-@click.option("--out", default="poisoned", show_default=True, help="Folder for the poisoned shards and poison.json")
-@click.option(
-    "--trigger", default="patch", show_default=True, help="patch, file, image, blend, sig, wanet or frequency"
-)
-@click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Setting of the trigger, for example side=8"
-)
-@click.option("--rate", default=0.01, show_default=True, help="Share of samples that get the trigger")
-@click.option("--seed", default=0, show_default=True, help="Chooses the samples")
-@click.option(
-    "--replace",
-    multiple=True,
-    metavar="EXT=TEXT",
-    help="What a poisoned sample says instead, for example cls=9 or txt='a photo of a dog'; several texts of one EXT are drawn from",
-)
-def poison(
-    shards: tuple[str, ...],
-    out: str,
-    trigger: str,
-    settings: tuple[str, ...],
-    rate: float,
-    seed: int,
-    replace: tuple[str, ...],
-) -> None:
-    """Red team: stamp a trigger on some samples and keep the truth.
-
-    \b
-    Example:  sanitize poison shards/ --trigger patch --set side=10 --rate 0.01 --out poisoned/
-    """
-    from sanitize.attacks.triggers import make_trigger
-    from sanitize.commands.poison import poison as run
-
-    stamp = make_trigger(parse_settings(settings) | {"name": trigger})
-    texts: dict[str, list[str]] = {}
-    for item in replace:
-        extension, equals, text = item.partition("=")
-        check(bool(extension and equals), f"--replace {item}: give it as EXT=TEXT, for example --replace cls=9")
-        texts.setdefault(extension.lower(), []).append(text)
-    result = run(shards, out.rstrip("/"), rate=rate, trigger=stamp, seed=seed, replace=texts)
-    click.echo(f"{out}: {result.poisoned} of {result.samples} samples poisoned; truth in {result.truth}")
-
-
-@main.command()
-def init() -> None:
-    """Write sanitize.yaml and encoder.yaml with comments into this folder."""
-    from sanitize.commands.init import init as run
-
-    for name in run():
-        click.echo(f"wrote {name}")
+for command in (inspect, poison, init):
+    main.add_command(command)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import click
 import yaml
 
-from sanitize.config import check
+from sanitize.config import POLICIES, check
 from sanitize.config_loading import from_mapping, load_encoder_spec, load_yaml, overlay
 from sanitize.errors import ConfigError
 
@@ -40,7 +40,7 @@ def common_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def settings_of(section: str, config: str, settings: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
-    """Settings of one command: YAML section, then --set, then options."""
+    """Settings of one command: YAML section, then --set, then options. Of policies the last that chooses one decides."""
     path = config or (CONFIG_FILE if Path(CONFIG_FILE).exists() else "")
     file = load_yaml(path) if path else {}
     if unknown := sorted(set(file) - {"fit", "scan", "finetune"}):
@@ -49,8 +49,13 @@ def settings_of(section: str, config: str, settings: Sequence[str], options: dic
         )
     values = file.get(section) or {}
     check(isinstance(values, dict), f"{path}: {section} holds {values!r}, a block of settings was expected.")
-    values = overlay(values, parse_settings(settings))
-    values = overlay(values, {key: value for key, value in options.items() if value is not None})
+    changes = parse_settings(settings), {key: value for key, value in options.items() if value is not None}
+    layers = ((path, values), ("--set", changes[0]), ("the options", changes[1]))
+    policies = [(where, layer["policy"]) for where, layer in layers if layer.get("policy")]
+    for change in changes:
+        values = overlay(values, change)
+    if policies:
+        values["policy"] = resolve_policy(policies)
     for name in ("shards", "validation", "triggered"):
         if isinstance(values.get(name), str):
             values[name] = [values[name]]
@@ -82,7 +87,7 @@ def build_config(cls: type[T], values: dict[str, Any], section: str) -> T:
 
 def policy_options(function: Callable[..., Any]) -> Callable[..., Any]:
     options = [
-        click.option("--policy", help="calibrated, fdr, fraction, absolute or robust [default: calibrated]"),
+        click.option("--policy", type=click.Choice(POLICIES), help="How the cut is found [default: calibrated]"),
         click.option("--fpr", type=float, help="calibrated, fdr: tolerated rate [default: 0.01]"),
         click.option("--fraction", type=float, help="fraction: share of samples to remove"),
         click.option("--threshold", type=float, help="absolute: remove scores above it"),
@@ -101,13 +106,37 @@ def policy_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def take_policy(options: dict[str, Any]) -> dict[str, Any]:
-    """Take the policy's options out; a number without --policy picks the policy it belongs to."""
-    names = ("policy", "fpr", "fraction", "threshold", "mad", "adapt", "keep_unscored")
-    values = {name: options.pop(name) for name in names if options.get(name) is not None}
-    for name in names:
-        options.pop(name, None)
-    implied = {"fraction": "fraction", "threshold": "absolute", "mad": "robust"}
-    given = [policy for name, policy in implied.items() if name in values]
-    if "policy" not in values and given:
-        values["policy"] = given[0]
-    return values
+    """Take the policy's options out, those that were given."""
+    values = {name: options.pop(name) for name in ("policy", *OWNERS, "adapt", "keep_unscored")}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+OWNERS = {  # a number of a policy → the policies it belongs to
+    "fpr": ("calibrated", "fdr"),
+    "fraction": ("fraction",),
+    "threshold": ("absolute",),
+    "mad": ("robust",),
+}
+
+
+def resolve_policy(layers: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """The policy of several layers (where, values), the last one strongest. A number without a policy chooses the one it belongs to.
+
+    Raises ConfigError when one layer gives numbers of different policies: one of them would be ignored.
+    """
+    policy, values = "calibrated", dict[str, Any]()
+    for where, layer in layers:
+        check(isinstance(layer, dict), f"{where}: policy holds {layer!r}, a block of settings was expected.")
+        if layer.get("policy") not in (None, *POLICIES):
+            return dict(layer)  # the config says which there are
+        numbers = [name for name in OWNERS if name in layer]
+        choices = [layer["policy"]] if "policy" in layer else list(POLICIES)
+        fitting = [choice for choice in choices if all(choice in OWNERS[name] for name in numbers)]
+        if not fitting:
+            given = ", ".join([*([f"policy {layer['policy']}"] if "policy" in layer else []), *numbers])
+            owners = "; ".join(f"{name} belongs to {' and '.join(OWNERS[name])}" for name in numbers)
+            raise ConfigError(f"{where}: {given} do not go together ({owners}). Give one of them.")
+        if "policy" in layer or numbers:
+            policy = policy if policy in fitting and "policy" not in layer else fitting[0]
+        values = {name: value for name, value in (values | layer).items() if policy in OWNERS.get(name, (policy,))}
+    return values | {"policy": policy}

@@ -117,8 +117,11 @@ def check_out(out: str) -> None:
     check(bool(out.strip("/")), f"out: {out!r} is no folder of your own. Name one to write to.")
 
 
+PRECISIONS = ("auto", "bf16", "fp32")
+
+
 def check_precision(precision: str) -> None:
-    check(precision in ("auto", "bf16", "fp32"), f"precision: {precision!r} is not auto, bf16 or fp32.")
+    check(precision in PRECISIONS, f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}.")
 
 
 SCORERS = ("reaction", "lowres", "paper")  # stages/scoring.py; a test holds both equal
@@ -151,11 +154,14 @@ class FitConfig:
         check(self.limit >= 0 and self.batch_size >= 1, "limit must be >= 0 and batch_size >= 1.")
 
 
+POLICIES = ("calibrated", "fdr", "fraction", "absolute", "robust")
+
+
 @dataclass(frozen=True)
 class ThresholdPolicy:
     """How scores become decisions; see stages/thresholds.py."""
 
-    policy: str = "calibrated"  # calibrated | fdr | fraction | absolute | robust
+    policy: str = "calibrated"  # one of POLICIES
     fpr: float = (
         0.01  # calibrated: share of clean images that may be lost; fdr: share of false alarms among the removed
     )
@@ -168,8 +174,7 @@ class ThresholdPolicy:
     keep_unscored: bool = False
 
     def __post_init__(self) -> None:
-        names = ("calibrated", "fdr", "fraction", "absolute", "robust")
-        check(self.policy in names, f"policy: {self.policy!r} is not one of {', '.join(names)}.")
+        check(self.policy in POLICIES, f"policy: {self.policy!r} is not one of {', '.join(POLICIES)}.")
         check(0 < self.fpr < 1, f"fpr: {self.fpr} is not between 0 and 1.")
         check(0 <= self.fraction <= 1, f"fraction: {self.fraction} is not between 0 and 1.")
         check(self.mad > 0, f"mad: {self.mad} is not above 0.")
@@ -199,6 +204,7 @@ class ScanConfig:
     effort: str = "thorough"  # of the scorer `reaction`: see `perturbed_share`
     scores_only: bool = False
     force: bool = False
+    limit: int = 0  # scan only the first so many shards; 0 = all
     image_member: str = ""
     caption_member: str = ""  # txt or json:<field>; default: txt when the encoder has a tokenizer
     batch_size: int = 256
@@ -211,6 +217,7 @@ class ScanConfig:
     def __post_init__(self) -> None:
         check_out(self.out)
         check(self.batch_size >= 1, f"batch_size: {self.batch_size} is not at least 1.")
+        check(self.limit >= 0, f"limit: {self.limit} shards; give 0 (all) or more.")
         perturbed_share(self.effort)
         check_precision(self.precision)
 

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from sanitize.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+CONNECT_SECONDS = 10
 RETRIES = 3  # of a process that dies and of the shards it had
 
 
@@ -90,6 +92,7 @@ def ray_session(address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    _require_reachable(address)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         options: dict[str, Any] = {} if address else {"include_dashboard": False, "num_cpus": usable_cpus()}
@@ -104,6 +107,19 @@ def ray_session(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_reachable(address: str) -> None:
+    """Ray itself tries for nine minutes without a word."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return  # auto, local
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"--address {address}: nobody answers there ({error}). Is the cluster up, and is this its address? See `ray status`."
+        ) from None
 
 
 def session_for(resources: Resources, address: str) -> contextlib.AbstractContextManager[None]:

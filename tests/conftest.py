@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -25,6 +26,7 @@ from builders import (
 
 from sanitize.artifacts.encoder_folder import save_clip
 from sanitize.attacks import tiny_clip
+from sanitize.cli import main
 from sanitize.commands.fit import fit
 from sanitize.commands.scan import scan
 from sanitize.config import EncoderSpec, FinetuneConfig, ScanConfig
@@ -189,3 +191,17 @@ def ray_cluster():
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def sanitize(tmp_path, monkeypatch):
+    """Run a command in an empty folder; returns (exit code, output)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str):
+        result = CliRunner().invoke(main, [str(a) for a in arguments])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.output
+
+    return run

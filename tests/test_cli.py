@@ -5,26 +5,9 @@ import re
 import pytest
 import yaml
 from builders import write_shards, write_tar
-from click.testing import CliRunner
 
-from sanitize.cli import main
 from sanitize.config import FIT_PRESETS, FinetuneConfig, FitConfig, ScanConfig
 from sanitize.config_loading import from_mapping
-
-
-@pytest.fixture
-def sanitize(tmp_path, monkeypatch):
-    """Run a command in an empty folder; returns (exit code, output)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str):
-        result = CliRunner().invoke(main, [str(a) for a in arguments])
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result.exit_code, result.output
-
-    return run
-
 
 FAST = (
     "--workers",
@@ -134,18 +117,37 @@ WRONG = {
     "no encoder to fine-tune": (["finetune", "in"], "no encoder given. Describe it in a YAML file"),
     "no encoder": (["fit", "in"], "no encoder given. Describe it in a YAML file"),
     "missing encoder file": (["fit", "in", "--encoder", "e.yaml"], "e.yaml: no such file. Check the path."),
-    "unknown preset": (["fit", "in", "--preset", "best"], "preset 'best' is not known. Use one of default, paper"),
+    "unknown preset": (
+        ["fit", "in", "--preset", "best"],
+        "Invalid value for '--preset': 'best' is not one of 'default', 'paper'",
+    ),
     "unknown setting": (
         ["scan", "in", "--set", "colour=1"],
         "settings of scan: unknown key 'colour'. Known keys: shards, detector",
     ),
     "wrong type": (["scan", "in", "--set", "batch_size=many"], "batch_size holds 'many', int was expected"),
     "not key=value": (["scan", "in", "--set", "batch_size"], "--set batch_size: write it as key=value"),
-    "unknown policy": (["scan", "in", "--policy", "magic"], "policy: 'magic' is not one of calibrated, fdr"),
+    "unknown policy": (["scan", "in", "--policy", "magic"], "'--policy': 'magic' is not one of 'calibrated', 'fdr'"),
+    "unknown precision": (
+        ["scan", "in", "--precision", "int8"],
+        "'--precision': 'int8' is not one of 'auto', 'bf16', 'fp32'",
+    ),
+    "unknown mode": (
+        ["finetune", "in", "--mode", "lora"],
+        "'--mode': 'lora' is not one of 'linear', 'mlp', 'full', 'contrastive'",
+    ),
+    "two cuts": (
+        ["scan", "in", "--fraction", "0.1", "--threshold", "3"],
+        "the options: fraction, threshold do not go together (fraction belongs to fraction; threshold belongs to absolute). Give one",
+    ),
+    "a cut of another policy": (
+        ["scan", "in", "--policy", "fdr", "--mad", "3"],
+        "the options: policy fdr, mad do not go together (mad belongs to robust). Give one of them.",
+    ),
     "rate out of range": (["scan", "in", "--fpr", "7"], "fpr: 7.0 is not between 0 and 1"),
     "unknown trigger": (
         ["poison", "in", "--trigger", "star"],
-        "trigger star: not known. Use one of patch, file, image, blend",
+        "Invalid value for '--trigger': 'star' is not one of 'patch', 'file', 'image', 'blend'",
     ),
     "trigger too large": (
         ["poison", "in", "--set", "side=99", "--rate", "1"],
@@ -178,6 +180,12 @@ def test_wrong_use_is_one_clear_line_and_exit_code_2(sanitize, tmp_path, detecto
         ("scan: {detektor: x}", "settings of scan: unknown key 'detektor'"),
         ("skan: {}", "sanitize.yaml: unknown section 'skan'. Known sections: fit, scan, finetune."),
         ("scan: [", "sanitize.yaml: not valid YAML"),
+        ("scan: {policy: {policy: magic}}", "policy: 'magic' is not one of calibrated, fdr"),
+        ("scan: {policy: fdr}", "sanitize.yaml: policy holds 'fdr', a block of settings was expected"),
+        (
+            "scan: {policy: {policy: calibrated, fraction: 0.2}}",
+            "sanitize.yaml: policy calibrated, fraction do not go together (fraction belongs to fraction). Give one of them.",
+        ),
         ("just text", "holds str, settings were expected"),
         (
             "fit: {encoder: {architecture: resnet18, image_size: -1}}",

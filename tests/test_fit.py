@@ -10,11 +10,12 @@ from builders import fit_config, tree_bytes, write_encoder, write_shards, write_
 from sanitize import storage
 from sanitize.artifacts import detector_folder
 from sanitize.commands.fit import _held_out, fit
-from sanitize.config import TrainingConfig
+from sanitize.config import ThresholdPolicy, TrainingConfig
 from sanitize.config_loading import load_encoder_spec
 from sanitize.errors import CheckpointError, ConfigError, RefusedError, SanitizeError
 from sanitize.stages.decoder import visible_count
 from sanitize.stages.encoders import load_encoder
+from sanitize.stages.thresholds import threshold_for
 from sanitize.training.decoder import Auxiliary, _train
 from sanitize.training.distributed import Rank
 
@@ -155,6 +156,21 @@ def test_too_few_images_say_how_many_are_needed(tmp_path, encoder_spec):
         ConfigError, match=r"9 auxiliary images leave .* at least 32 and 1 are needed, thousands are better"
     ):
         fit(fit_config(tmp_path / "aux", encoder_spec, tmp_path / "d"))
+
+
+def test_too_few_to_calibrate_the_default_scan_say_so_before_training(tmp_path, encoder_spec, caplog):
+    write_shards(tmp_path / "aux", [300])
+    config = fit_config(tmp_path / "aux", encoder_spec, tmp_path / "d")
+    fit(dataclasses.replace(config, training=dataclasses.replace(config.training, calibration_fraction=0.2)))
+    (said,) = [record.message for record in caplog.records if "held out to calibrate" in record.message]
+    held_out = int(said.split()[0])
+    assert (
+        f"{held_out} of 300 auxiliary images are held out to calibrate on, and the default --fpr 0.01 of a scan needs 99"
+        in said
+    )
+    assert "Give about 545 images, or hold out more of them (--set training.calibration_fraction=0.4)" in said
+    rate = float(said.partition("scan with --fpr ")[2].split()[0])
+    threshold_for(np.empty(0, np.float32), np.zeros(held_out, np.float32), ThresholdPolicy(fpr=rate))  # as advised
 
 
 def test_auxiliary_shards_without_a_usable_image_say_so(tmp_path, encoder_spec):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from sanitize import workers
 from sanitize.errors import ConfigError, SanitizeError, ShardError, StorageError
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
-from sanitize.runtime import Resources, plan, usable_cpus
+from sanitize.runtime import Resources, _require_reachable, plan, usable_cpus
 from sanitize.workers import OUT_OF_MEMORY, _lost, map_shards
 
 SHARDS = [Shard(f"/in/{name}.tar", name, 10) for name in "abcd"]
@@ -160,3 +161,14 @@ def test_a_process_that_may_use_one_cpu_plans_for_one():
         assert plan(0, 0, -1, 1).cpus == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+def test_a_cluster_that_does_not_answer_is_said_at_once():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        for name in (address, f"ray://{address}"):
+            with pytest.raises(
+                ConfigError, match=rf"--address {name}: nobody answers there \(.*refused\)\. Is the cluster up"
+            ):
+                _require_reachable(name)

@@ -3,7 +3,7 @@ import pytest
 
 from sanitize.config import ThresholdPolicy
 from sanitize.errors import ConfigError
-from sanitize.stages.thresholds import keep, p_values, smallest_share, threshold_for
+from sanitize.stages.thresholds import group_cut_in_two, keep, p_values, smallest_share, threshold_for
 
 RNG = np.random.default_rng(0)
 CALIBRATION = np.sort(RNG.normal(size=999).astype(np.float32))
@@ -68,10 +68,14 @@ def test_the_smallest_share_that_fdr_can_remove_follows_from_the_number_of_calib
         assert removed(policy, scores, np.linspace(1, 2, count, dtype=np.float32)).any() == acts
 
 
-def test_fraction_removes_the_top_share_and_keeps_ties():
+def test_fraction_removes_the_top_share_and_what_ties_with_it():
     assert removed(ThresholdPolicy("fraction", fraction=0.01))[:-1].sum() == round(0.01 * 2040)
     assert removed(ThresholdPolicy("fraction", fraction=1.0)).all()
-    assert removed(ThresholdPolicy("fraction", fraction=0.5), np.ones(10, np.float32)).sum() == 0
+    assert removed(ThresholdPolicy("fraction", fraction=0.5), np.ones(10, np.float32)).all()
+    assert not removed(ThresholdPolicy("fraction", fraction=0.0), np.ones(10, np.float32)).any()
+    # an attacker who makes 32 embeddings equal does not get 20 of them back
+    scores = np.r_[np.linspace(0, 1, 1568), np.full(32, 2)].astype(np.float32)
+    assert removed(ThresholdPolicy("fraction", fraction=12 / 1600), scores).sum() == 32
 
 
 def test_robust_finds_the_far_cluster_without_calibration():
@@ -102,3 +106,26 @@ def test_nan_is_never_clean():
 def test_nothing_scored_removes_nothing_else():
     nothing = np.array([np.nan], np.float32)
     assert threshold_for(nothing, CALIBRATION, ThresholdPolicy("fdr")) == np.inf
+
+
+def test_a_cut_through_a_group_that_stands_apart_is_noticed():
+    bulk = np.random.default_rng(1).normal(4, 1, 10_000)
+    group = np.random.default_rng(2).normal(9, 0.5, 150)
+    scores = np.r_[bulk, group, [np.nan]].astype(np.float32)
+    found = group_cut_in_two(scores, 9.2)
+    assert found is not None
+    kept, cut, begins = found
+    assert cut == (scores > np.float32(9.2)).sum()
+    assert kept + cut == pytest.approx(150, abs=15)
+    assert 6.5 < begins < 8.5
+    assert group_cut_in_two(scores, begins) is None  # what it advises
+    for threshold in (4.5, 6.0, 7.0, 11.0, np.inf):
+        assert group_cut_in_two(scores, threshold) is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_tail_of_clean_scores_is_no_group(seed):
+    rng = np.random.default_rng(seed)
+    for scores in (rng.normal(size=600), np.sqrt(rng.chisquare(6, 5000)), np.exp(rng.normal(size=5000))):
+        for rate in (0.2, 0.1, 0.01, 0.001):
+            assert group_cut_in_two(scores.astype(np.float32), float(np.quantile(scores, 1 - rate))) is None

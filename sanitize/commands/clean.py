@@ -61,6 +61,13 @@ def clean(
         return decide_and_split(out, policy, force=force, resources=resources, address=address)
 
 
+def preview(out: str, policy: ThresholdPolicy) -> CleanResult:
+    """What `clean` would keep and remove; nothing is written, and nothing is refused for being much."""
+    folder = ScanFolder(out)
+    run = folder.run()
+    return find_rule(folder, run, folder.markers(sorted(run.shards)), policy, force=True)[1]
+
+
 def decide_and_split(
     out: str, policy: ThresholdPolicy, *, force: bool, resources: Resources | None, address: str
 ) -> CleanResult:
@@ -121,6 +128,7 @@ def find_rule(
     scores = adapter.scores_of_all(samples)
     threshold = thresholds.threshold_for(scores, calibration, policy)
     _warn_of_small_calibration(policy, threshold, len(calibration))
+    _warn_of_a_divided_group(scores, threshold)
     kept = int(thresholds.keep(scores, threshold, policy.keep_unscored).sum())
     result = CleanResult(threshold, kept, len(scores) - kept, int(np.isnan(scores).sum()), ())
     if _is_most(result.removed, len(scores)) and not force:
@@ -130,6 +138,19 @@ def find_rule(
             "`sanitize audit`; try --policy robust; --force goes on anyway. No clean shard was written."
         )
     return Rule(threshold, policy.keep_unscored, adapter), result
+
+
+def _warn_of_a_divided_group(scores: NDArray[np.float32], threshold: float) -> None:
+    if group := thresholds.group_cut_in_two(scores, threshold):
+        kept, removed, begins = group
+        log.warning(
+            "the cut at %.4g runs through a group of samples that stand apart: %d of it are removed and %d, hardly less suspicious, kept. "
+            "Look at `sanitize audit`; --threshold %.4g removes all of it",
+            threshold,
+            removed,
+            kept,
+            begins,
+        )
 
 
 def _is_most(removed: int, samples: int) -> bool:

@@ -4,6 +4,7 @@ embed (once per image, cached by shard) → split off calibration images → tra
 """
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from sanitize import plots, runtime, storage, workers
 from sanitize.artifacts import run_record
 from sanitize.artifacts.detector_folder import DESCRIPTION, Detector, FitSummary, load_detector, save_detector
 from sanitize.artifacts.folder_lock import folder_lock
-from sanitize.config import FitConfig
+from sanitize.config import FitConfig, ThresholdPolicy
 from sanitize.config_loading import to_mapping, with_absolute_paths
 from sanitize.errors import ConfigError, SanitizeError
 from sanitize.progress import ProgressDisplay
@@ -63,7 +64,7 @@ def fit(config: FitConfig) -> Detector:
                 _held_out(auxiliary.hashes, config.training.calibration_fraction, config.seed)
             )
             training, held_out = auxiliary.select(~held_out_mask), auxiliary.select(held_out_mask)
-            _require_enough(len(training.hashes), len(held_out.hashes))
+            _require_enough(len(training.hashes), len(held_out.hashes), config.training.calibration_fraction)
             state = train_decoder(config, training, resources)
             scorer = _scorer(config, encoder, state.decoder, training)
             scores, reconstructions = _reconstruction_scores(scorer, held_out)
@@ -131,11 +132,25 @@ def _held_out(hashes: Tensor, fraction: float, seed: int) -> np.ndarray:
     return held_out
 
 
-def _require_enough(training: int, held_out: int) -> None:
+def _require_enough(training: int, held_out: int, fraction: float) -> None:
     if training < MIN_IMAGES or held_out < 1:
         raise ConfigError(
             f"{training + held_out} auxiliary images leave {training} to train and {held_out} to calibrate on; at least "
             f"{MIN_IMAGES} and 1 are needed, thousands are better. Give more shards."
+        )
+    needed, total = math.ceil(1 / ThresholdPolicy.fpr - 1 - 1e-9), training + held_out
+    if held_out < needed:
+        share = 1.2 * needed / total
+        log.warning(
+            "%d of %d auxiliary images are held out to calibrate on, and the default --fpr %g of a scan needs %d. Give about %d images%s; "
+            "else scan with --fpr %.2g or more",
+            held_out,
+            total,
+            ThresholdPolicy.fpr,
+            needed,
+            math.ceil(1.1 * needed / fraction),
+            f", or hold out more of them (--set training.calibration_fraction={share:.2g})" if share <= 0.5 else "",
+            1.01 / (held_out + 1),
         )
 
 

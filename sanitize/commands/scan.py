@@ -50,23 +50,80 @@ class ScanResult:
     cleaned: CleanResult | None
 
 
-def scan(config: ScanConfig) -> ScanResult:
-    """Score all shards, then split them by the policy unless `scores_only`."""
-    folder = ScanFolder(config.out)
-    shards = list_shards(config.shards, leave_out=config.out)
-    refuse_to_overwrite(shards, folder.tars)
+@dataclass(frozen=True)
+class ScanPlan:
+    """What a scan would do. bytes: of the shards; scored: shards that were scored before; threshold: where the policy knows it."""
+
+    out: str
+    shards: int
+    bytes: int
+    scored: int
+    workers: int
+    cpus_per_worker: int
+    gpus_per_worker: float
+    policy: str
+    threshold: float | None
+
+    @property
+    def text(self) -> str:
+        where = f"{self.workers} workers with" if self.workers else "this process with"
+        cut = "" if self.threshold is None else f", threshold {self.threshold:.4g} before adapting to the scan"
+        return (
+            f"would scan {self.shards} shards ({self.bytes / 1e6:.1f} MB; {self.scored} scored before) into {self.out}\n"
+            f"  {where} {self.cpus_per_worker} CPUs and {self.gpus_per_worker:g} GPUs; policy {self.policy}{cut}"
+        )
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Checked settings: what would fail, fails before any work."""
+
+    shards: list[Shard]
+    detector: Detector
+    caption_member: str
+    threshold: float | None
+    resources: Resources
+
+
+def _prepare(config: ScanConfig) -> _Prepared:
+    shards = list_shards(config.shards, leave_out=config.out)[: config.limit or None]
+    refuse_to_overwrite(shards, ScanFolder(config.out).tars)
     detector = load_detector(config.detector)
     encoder = load_matching_encoder(detector, config.encoder)  # fail here, not in a worker
-    caption_member = _caption_member(config, encoder.spec)
+    threshold = None
     if not config.scores_only and config.policy.policy == "calibrated":
-        # are there enough calibration scores for this rate? find out before any work
+        # are there enough calibration scores for this rate?
         calibration = detector.calibration(config.effort)
-        threshold_for(calibration, calibration, config.policy)
+        threshold = threshold_for(calibration, calibration, config.policy)
     resources = runtime.plan(
         config.workers, config.cpus_per_worker, config.gpus_per_worker, len(shards), config.address
     )
+    return _Prepared(shards, detector, _caption_member(config, encoder.spec), threshold, resources)
+
+
+def plan_scan(config: ScanConfig) -> ScanPlan:
+    """What `scan` would do, after the checks it makes before it begins; nothing is written."""
+    prepared = _prepare(config)
+    shards, resources = prepared.shards, prepared.resources
+    return ScanPlan(
+        out=config.out,
+        shards=len(shards),
+        bytes=sum(shard.size for shard in shards),
+        scored=len(ScanFolder(config.out).scored() & {shard.stem for shard in shards}),
+        workers=resources.workers,
+        cpus_per_worker=resources.cpus,
+        gpus_per_worker=resources.gpus,
+        policy=config.policy.policy,
+        threshold=prepared.threshold,
+    )
+
+
+def scan(config: ScanConfig) -> ScanResult:
+    """Score all shards, then split them by the policy unless `scores_only`."""
+    folder, prepared = ScanFolder(config.out), _prepare(config)
+    shards, resources, caption_member = prepared.shards, prepared.resources, prepared.caption_member
     with folder_lock(config.out, "scan"), runtime.session_for(resources, config.address):
-        folder.claim(_run(config, caption_member, detector, shards))
+        folder.claim(_run(config, caption_member, prepared.detector, shards))
         failed = _score(config, caption_member, folder, shards, resources)
         markers, cleaned = folder.markers([shard.stem for shard in shards]), None
         if markers and not config.scores_only:

@@ -9,6 +9,8 @@ from sanitize.config import ThresholdPolicy
 from sanitize.errors import ConfigError
 
 Floats = NDArray[np.float32]
+MIN_GROUP = 8  # samples, of what counts as a group on its own
+BIN = 0.125  # of the interquartile range of a scan: bins that its histogram is judged by
 MAD_TO_DEVIATION = 1.4826  # of a Gaussian
 
 
@@ -22,7 +24,7 @@ def threshold_for(scores: Floats, calibration: Floats, policy: ThresholdPolicy) 
     """The highest score that is kept under `policy`. scores (N,) with NaN for unscored samples; calibration (n,) sorted.
 
     calibrated: conformal quantile, at most `fpr` of clean images above it. fdr: Benjamini-Hochberg on p-values.
-    fraction: the top share of this scan (ties are kept). robust: median + mad * 1.4826 MAD of this scan.
+    fraction: the top share of this scan, and whatever ties with it. robust: median + mad * 1.4826 MAD of this scan.
     """
     if policy.policy == "absolute":
         return policy.threshold
@@ -34,11 +36,12 @@ def threshold_for(scores: Floats, calibration: Floats, policy: ThresholdPolicy) 
     if policy.policy == "fdr":
         return _benjamini_hochberg(finite, calibration, policy.fpr)
     if policy.policy == "fraction":
-        highest_kept = len(finite) - round(policy.fraction * len(finite)) - 1
-        if highest_kept < 0:
-            return -math.inf
-        finite.partition(highest_kept)
-        return float(finite[highest_kept])
+        removed = round(policy.fraction * len(finite))
+        if removed == 0:
+            return math.inf
+        finite.partition(len(finite) - removed)
+        below = finite[finite < finite[len(finite) - removed]]
+        return float(below.max()) if len(below) else -math.inf
     median = float(np.median(finite, overwrite_input=True))
     np.abs(np.subtract(finite, np.float32(median), out=finite), out=finite)
     return median + policy.mad * MAD_TO_DEVIATION * float(np.median(finite, overwrite_input=True))
@@ -77,6 +80,30 @@ def _benjamini_hochberg(finite: Floats, calibration: Floats, rate: float) -> flo
 def smallest_share(calibration: int, rate: float) -> float:
     """Of a scan, that must stand out before `fdr` can remove anything: no p-value is below 1 / (calibration + 1)."""
     return min(1 / ((calibration + 1) * rate), 1)
+
+
+def group_cut_in_two(scores: Floats, threshold: float) -> tuple[int, int, float] | None:
+    """(kept, removed, where it begins) of a group of scores, apart from the bulk, that the threshold divides; None: it divides none.
+
+    scores (N,), NaN for unscored. A group is a mode of the histogram above the highest one; it ends where the histogram is lowest
+    towards its neighbours. A cut through it says that the samples just below are as suspicious as those just above.
+    """
+    finite = scores[np.isfinite(scores)]
+    if len(finite) < MIN_GROUP or not np.isfinite(threshold):
+        return None
+    low, high = np.quantile(finite, (0.25, 0.75))
+    edges = np.arange(low, float(finite.max()) + BIN, BIN * max(float(high - low), 1e-6))[:10_000]
+    counts = np.convolve(np.histogram(finite, edges)[0], np.ones(5), "same")
+    above = counts[int(counts.argmax()) :]  # from the bulk on
+    peak = int((above - np.minimum.accumulate(above)).argmax())  # where they have risen most
+    valley = int(above[: peak + 1].argmin())
+    if above[peak] < 2 * above[valley] + MIN_GROUP:
+        return None  # a tail that falls, not a mode
+    begins = float(edges[int(counts.argmax()) + valley])
+    group = finite[finite >= begins]
+    removed = int((group > np.float32(threshold)).sum())
+    kept = len(group) - removed
+    return (kept, removed, begins) if min(kept, removed) >= max(MIN_GROUP, 0.1 * len(group)) else None
 
 
 def keep(scores: Floats, threshold: float, keep_unscored: bool = False) -> NDArray[np.bool_]:

@@ -1,0 +1,91 @@
+"""What every command has: errors in one line, exit codes, --quiet, and its result as lines for people or as --json."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import signal
+from typing import Any
+
+import click
+
+from sanitize.config_loading import to_mapping
+from sanitize.errors import SanitizeError
+
+EXIT_CODES = """\b
+Exit codes:
+  0    done
+  1    finished, but some shards failed or are damaged (named); verify: problems were found
+  2    usage or configuration
+  3    refused, because the result would probably harm you (--force overrides)
+  130  interrupted (Ctrl-C), 143 terminated (SIGTERM): what is finished is kept
+"""
+
+
+def _be_quiet(context: click.Context, _parameter: click.Parameter, quiet: bool) -> None:
+    if quiet:
+        context.meta["quiet"] = True
+        logging.getLogger().setLevel(logging.WARNING)
+
+
+quiet_option = click.option(
+    "--quiet", is_flag=True, expose_value=False, callback=_be_quiet, help="Only warnings and results"
+)
+
+
+def _ask_for_json(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    context.meta["json"] = wanted
+
+
+json_option = click.option(
+    "--json", is_flag=True, expose_value=False, callback=_ask_for_json, help="The result as one JSON object"
+)
+
+
+def tell(result: Any, *lines: str) -> None:
+    """The result of a command on stdout: lines for people or, where --json asks for it, `result` (a dataclass, or plain values)."""
+    if click.get_current_context().meta.get("json"):
+        values = to_mapping(result) if dataclasses.is_dataclass(result) else result
+        lines = (json.dumps(plain_numbers(values), sort_keys=True),)
+    for line in lines:
+        click.echo(line)
+
+
+def plain_numbers(value: Any) -> Any:
+    """With numbers that JSON does not have (infinity, NaN) as text."""
+    if isinstance(value, dict):
+        return {key: plain_numbers(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_numbers(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Command(click.Group):
+    """Turns our errors into one line on stderr and an exit code. Every command has --quiet, and --json where it has a result."""
+
+    def add_command(self, command: click.Command, name: str | None = None) -> None:
+        for option in (quiet_option, json_option):
+            command = option(command)
+        command.epilog = EXIT_CODES
+        super().add_command(command, name)
+
+    def invoke(self, context: click.Context) -> Any:
+        word, code = "interrupted", 130
+
+        def terminate(*_: object) -> None:
+            """SIGTERM, which a scheduler sends before it takes the machine away, ends a command as Ctrl-C does."""
+            nonlocal word, code
+            word, code = "terminated", 143
+            raise KeyboardInterrupt
+
+        with contextlib.suppress(ValueError):  # not the main thread: somebody else's process, whose signals stay
+            signal.signal(signal.SIGTERM, terminate)
+        try:
+            return super().invoke(context)
+        except SanitizeError as error:
+            click.echo(f"error: {error}", err=True)
+            context.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo(f"{word}; run the same command again to go on.", err=True)
+            context.exit(code)
