@@ -50,11 +50,14 @@ def real(path: str) -> str:
 
 
 def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """(file system, path in it). Local names are taken literally: `a::b.tar` is a file, not a chain of fsspec."""
+    """(file system, path in it). Local names are taken literally: `a::b.tar` is a file, not a chain of fsspec.
+
+    No listing is remembered: what another process or thread wrote, replaced or deleted since is seen at once.
+    """
     if is_local(path):
         return LocalFileSystem(), absolute(path)
     try:
-        fs, inner = fsspec.core.url_to_fs(path)
+        fs, inner = fsspec.core.url_to_fs(path, use_listings_cache=False)
     except (ValueError, ImportError) as error:
         raise StorageError(
             f"{path}: cannot be reached ({error}). Correct the address, or install what it needs."
@@ -254,12 +257,25 @@ def atomic_write(path: str) -> Iterator[HashingWriter]:
             partial.unlink(missing_ok=True)
 
 
+BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}  # have no folders; makedirs would make a bucket that is missing
+
+
 def _put(file: Path, path: str) -> None:
-    fs, inner = filesystem(path)
-    try:
-        fs.makedirs(inner.rsplit("/", 1)[0], exist_ok=True)
+    with explain_remote_write_errors(path):
+        fs, inner = filesystem(path)
+        if path.split("://", 1)[0] not in BUCKETS:
+            fs.makedirs(inner.rsplit("/", 1)[0], exist_ok=True)
         fs.put_file(str(file), inner)
-    except Exception as error:  # clients of object storage have errors of their own
+
+
+@contextlib.contextmanager
+def explain_remote_write_errors(path: str) -> Iterator[None]:
+    """Clients of object storage let out errors of their own, not OSError alone."""
+    try:
+        yield
+    except SanitizeError:
+        raise
+    except Exception as error:
         raise StorageError(
             f"{path}: cannot be written ({error or type(error).__name__}). Check the connection and your credentials, then run the "
             "same command again; finished files are kept."
@@ -282,17 +298,22 @@ def write_bytes(path: str, data: bytes) -> None:
 
 
 def put_if_absent(path: str, data: bytes) -> bool:
-    """Write a remote file unless there is one; whether it was written. One request where the file system has it (S3, GCS)."""
-    fs, inner = filesystem(path)
-    with explain_write_errors(path):
+    """Write a remote file unless there is one; whether it is there with this very content, which no other writer may have.
+
+    One request where the file system has it (S3, GCS).
+    """
+    with explain_remote_write_errors(path):
+        fs, inner = filesystem(path)
         try:
             fs.pipe_file(inner, data, mode="create")
-        except FileExistsError:
-            return False
         except (TypeError, NotImplementedError):  # an older client: two requests, between which another may come
             if fs.exists(inner):
                 return False
             fs.pipe_file(inner, data)
+        except OSError:  # servers differ in how they say that there is one
+            if not fs.exists(inner):
+                raise
+            return bool(fs.cat_file(inner) == data)  # ours, when the answer was lost and the client asked again
     return True
 
 
@@ -302,14 +323,14 @@ def write_json(path: str, value: dict[str, Any]) -> None:
 
 def delete(path: str) -> None:
     """Delete a file; one that is not there is fine."""
-    with explain_write_errors(path):
+    with explain_write_errors(path) if is_local(path) else explain_remote_write_errors(path):
         fs, inner = filesystem(path)
         if fs.exists(inner):
             fs.rm_file(inner)
 
 
 def remove_folder(path: str) -> None:
-    with explain_write_errors(path):
+    with explain_write_errors(path) if is_local(path) else explain_remote_write_errors(path):
         if is_local(path):
             shutil.rmtree(local_path(path), ignore_errors=True)
         else:

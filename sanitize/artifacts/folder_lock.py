@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import time
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ def folder_lock(folder: str, command: str) -> Iterator[None]:
     is put only where there is none; one that a killed process left must be deleted by hand, and the message says so.
     """
     holder = {"command": command, "host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T")}
+    holder["token"] = uuid.uuid4().hex  # no two holders are alike
     if storage.is_local(folder):
         yield from _hold_locally(folder, holder)
     else:

@@ -153,11 +153,10 @@ def open_shard(shard: Shard) -> IO[bytes]:
 def read_block(file: IO[bytes], size: int, url: str) -> bytes:
     """Read, and name the shard when the device or the network fails."""
     try:
-        return file.read(size)
-    except OSError as error:
-        raise ShardError(
-            f"{url}: cannot be read ({error}). Check the device or connection, then run the same command."
-        ) from error
+        with storage.explain_read_errors(url):
+            return file.read(size)
+    except StorageError as error:
+        raise ShardError(str(error)) from error.__cause__
 
 
 def is_image(extension: str, image_member: str = "") -> bool:
