@@ -257,7 +257,15 @@ def atomic_write(path: str) -> Iterator[HashingWriter]:
             partial.unlink(missing_ok=True)
 
 
-BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}  # have no folders; makedirs would make a bucket that is missing
+BUCKETS = {
+    "s3",
+    "s3a",
+    "gs",
+    "gcs",
+    "az",
+    "abfs",
+    "abfss",
+}  # have no folders; makedirs would make a bucket that is missing
 
 
 def _put(file: Path, path: str) -> None:
@@ -310,8 +318,8 @@ def put_if_absent(path: str, data: bytes) -> bool:
             if fs.exists(inner):
                 return False
             fs.pipe_file(inner, data)
-        except OSError:  # servers differ in how they say that there is one
-            if not fs.exists(inner):
+        except OSError as error:  # servers differ in how they say that there is one
+            if isinstance(error, PermissionError | FileNotFoundError) or not fs.exists(inner):
                 raise
             return bool(fs.cat_file(inner) == data)  # ours, when the answer was lost and the client asked again
     return True

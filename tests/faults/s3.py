@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import itertools
+import json
 import os
 import random
 import socket
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -66,7 +68,8 @@ class Bucket:
 
     def __init__(self, port: int) -> None:
         self.name = f"bucket-{next(self.numbers)}"
-        self.client: Any = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", **_boto(CREDENTIALS))
+        self.endpoint = f"http://127.0.0.1:{port}"
+        self.client: Any = boto3.client("s3", endpoint_url=self.endpoint, **_boto(CREDENTIALS))
         self.client.create_bucket(Bucket=self.name)
 
     def url(self, path: str) -> str:
@@ -84,6 +87,10 @@ class Bucket:
     def delete(self, path: str) -> None:
         self.client.delete_object(Bucket=self.name, Key=path)
 
+    def clear(self, folder: str) -> None:
+        for name in self.names(folder):
+            self.delete(f"{folder}/{name}")
+
     def names(self, folder: str) -> list[str]:
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=f"{folder}/")
         return [entry["Key"].removeprefix(f"{folder}/") for page in pages for entry in page.get("Contents", ())]
@@ -92,6 +99,29 @@ class Bucket:
         """Every object below `folder`, by relative path: `builders.tree_bytes` of a bucket."""
         keys = {name: f"{folder}/{name}" for name in self.names(folder)}
         return {name: self.client.get_object(Bucket=self.name, Key=key)["Body"].read() for name, key in keys.items()}
+
+    def all_buckets(self) -> list[str]:
+        return [bucket["Name"] for bucket in self.client.list_buckets()["Buckets"]]
+
+    def user_who_may(self, *actions: str) -> dict[str, str]:
+        """Environment of a new user with these rights."""
+        statement = {"Effect": "Allow", "Action": list(actions), "Resource": "*"}
+        iam: Any = boto3.client("iam", endpoint_url=self.endpoint, **_boto(CREDENTIALS))
+        iam.create_user(UserName="reader")
+        policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+        iam.put_user_policy(UserName="reader", PolicyName="rights", PolicyDocument=policy)
+        key = iam.create_access_key(UserName="reader")["AccessKey"]
+        return {"AWS_ACCESS_KEY_ID": key["AccessKeyId"], "AWS_SECRET_ACCESS_KEY": key["SecretAccessKey"]}
+
+    @contextlib.contextmanager
+    def permissions_checked(self) -> Iterator[None]:
+        """Otherwise moto lets everybody do everything."""
+        for requests_let_through in ("0", "inf"):
+            plain = {"Content-Type": "text/plain"}
+            address = f"{self.endpoint}/moto-api/reset-auth"
+            urllib.request.urlopen(urllib.request.Request(address, requests_let_through.encode(), plain)).close()
+            if requests_let_through == "0":
+                yield
 
 
 def _boto(environment: dict[str, str]) -> dict[str, str]:
@@ -218,7 +248,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._hang_up()
         return self._answer(status, headers, data, cut=fault == "cut")
 
-    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = handle_request  # noqa: N815 - http.server looks for these names
+    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = handle_request
 
     def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.plan.target)
