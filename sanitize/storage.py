@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -23,11 +24,13 @@ from sanitize.errors import SanitizeError, StorageError
 T = TypeVar("T")
 R = TypeVar("R")
 PARTIAL = ".partial"
+_SCHEME = re.compile(r"[\w.+:-]+://")
+BUCKETS = ("s3://", "s3a://", "gs://", "gcs://", "az://", "abfs://", "abfss://")
 READ_AHEAD = 32  # requests under way: each waits for a device or a network, not for this process
 
 
 def is_local(path: str) -> bool:
-    return "://" not in path or path.startswith("file://")
+    return not _SCHEME.match(path) or path.startswith("file://")
 
 
 def join(folder: str, *names: str) -> str:
@@ -52,12 +55,12 @@ def real(path: str) -> str:
 def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """(file system, path in it). Local names are taken literally: `a::b.tar` is a file, not a chain of fsspec.
 
-    No listing is remembered: what another process or thread wrote, replaced or deleted since is seen at once.
+    No listing of a bucket is remembered: what another process wrote, replaced or deleted since is seen at once.
     """
     if is_local(path):
         return LocalFileSystem(), absolute(path)
     try:
-        fs, inner = fsspec.core.url_to_fs(path, use_listings_cache=False)
+        fs, inner = fsspec.core.url_to_fs(path, **({"use_listings_cache": False} if path.startswith(BUCKETS) else {}))
     except (ValueError, ImportError) as error:
         raise StorageError(
             f"{path}: cannot be reached ({error}). Correct the address, or install what it needs."
@@ -211,10 +214,17 @@ class HashingWriter:
 
 @contextlib.contextmanager
 def explain_write_errors(path: str) -> Iterator[None]:
+    """As `explain_read_errors`."""
     try:
         yield
-    except OSError as error:
-        how = _WRITE_ERRORS.get(error.errno or 0, f"{error}. Check the device")
+    except SanitizeError:
+        raise
+    except Exception as error:
+        if is_local(path) and not isinstance(error, OSError):
+            raise
+        how = f"cannot be written ({error or type(error).__name__}). Check the connection and your credentials"
+        if is_local(path):
+            how = _WRITE_ERRORS.get(getattr(error, "errno", None) or 0, f"{error}. Check the device")
         raise StorageError(f"{path}: {how}, then run the same command again; finished files are kept.") from error
 
 
@@ -257,37 +267,12 @@ def atomic_write(path: str) -> Iterator[HashingWriter]:
             partial.unlink(missing_ok=True)
 
 
-BUCKETS = {
-    "s3",
-    "s3a",
-    "gs",
-    "gcs",
-    "az",
-    "abfs",
-    "abfss",
-}  # have no folders; makedirs would make a bucket that is missing
-
-
 def _put(file: Path, path: str) -> None:
-    with explain_remote_write_errors(path):
+    with explain_write_errors(path):
         fs, inner = filesystem(path)
-        if path.split("://", 1)[0] not in BUCKETS:
+        if not path.startswith(BUCKETS):  # which has no folders; a bucket that is missing would be made
             fs.makedirs(inner.rsplit("/", 1)[0], exist_ok=True)
         fs.put_file(str(file), inner)
-
-
-@contextlib.contextmanager
-def explain_remote_write_errors(path: str) -> Iterator[None]:
-    """Clients of object storage let out errors of their own, not OSError alone."""
-    try:
-        yield
-    except SanitizeError:
-        raise
-    except Exception as error:
-        raise StorageError(
-            f"{path}: cannot be written ({error or type(error).__name__}). Check the connection and your credentials, then run the "
-            "same command again; finished files are kept."
-        ) from error
 
 
 def _flush_folder(folder: Path) -> None:
@@ -310,7 +295,7 @@ def put_if_absent(path: str, data: bytes) -> bool:
 
     One request where the file system has it (S3, GCS).
     """
-    with explain_remote_write_errors(path):
+    with explain_write_errors(path):
         fs, inner = filesystem(path)
         try:
             fs.pipe_file(inner, data, mode="create")
@@ -331,14 +316,14 @@ def write_json(path: str, value: dict[str, Any]) -> None:
 
 def delete(path: str) -> None:
     """Delete a file; one that is not there is fine."""
-    with explain_write_errors(path) if is_local(path) else explain_remote_write_errors(path):
+    with explain_write_errors(path):
         fs, inner = filesystem(path)
         if fs.exists(inner):
             fs.rm_file(inner)
 
 
 def remove_folder(path: str) -> None:
-    with explain_write_errors(path) if is_local(path) else explain_remote_write_errors(path):
+    with explain_write_errors(path):
         if is_local(path):
             shutil.rmtree(local_path(path), ignore_errors=True)
         else:

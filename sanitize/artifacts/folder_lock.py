@@ -59,8 +59,11 @@ def _hold_remotely(folder: str, holder: dict[str, Any]) -> Iterator[None]:
         raise RefusedError(f"{_in_use(folder)} Wait until it ends; if that process is gone, delete {path}.")
     try:
         yield
-    finally:
-        storage.delete(path)
+    except BaseException:
+        with contextlib.suppress(StorageError):  # what went wrong first is what is told
+            storage.delete(path)
+        raise
+    storage.delete(path)
 
 
 def _in_use(folder: str) -> str:
