@@ -185,6 +185,7 @@ def test_what_went_wrong_first_is_told_also_where_the_lock_cannot_be_let_go(prox
         scan(remote)
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_killed_scan_says_how_to_end_it_and_that_works(remote, bucket, whole, sanitize):
     command = ("scan", bucket.url("in"), "--out", remote.out, *OPTIONS, "--detector", remote.detector, "--workers", 0)
     process = start_alone(*command)
@@ -193,7 +194,7 @@ def test_the_lock_of_a_killed_scan_says_how_to_end_it_and_that_works(remote, buc
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     code, output = sanitize(*command)
     assert code == 3
     advice = rf"error: {remote.out}: `sanitize scan` is writing here \(process {process.pid} on .*, since .*\)\. "

@@ -1,18 +1,20 @@
 """S3 that is refused, missing, throttled or cut off: one line says so, and the same command ends with the same bytes."""
 
+import re
 import sys
 import time
 from collections.abc import Callable
 
 import fsspec
 import pytest
-from faults.s3 import ANSWERS, RETRIED, always, free_port, seeded
+from faults.s3 import ANSWERS, RETRIED, Request, always, first, free_port, seeded
 from faults.s3_fixtures import OPTIONS
 from fsspec.registry import _registry
 
+from sanitize import storage
 from sanitize.commands.scan import scan
 from sanitize.commands.verify import verify
-from sanitize.errors import SanitizeError
+from sanitize.errors import SanitizeError, StorageError
 
 # ---------------------------------------------------------------- one line, soon
 
@@ -70,6 +72,8 @@ def test_a_bucket_that_is_missing_is_named_and_never_made(scanning, bucket, loca
     assert line.startswith(
         "s3://no-such-bucket/out/.lock-holder.json: cannot be written (The specified bucket does not exist)"
     )
+    with pytest.raises(StorageError, match=r"^s3://no-such-bucket/x: cannot be written"):
+        storage.write_bytes("s3://no-such-bucket/x", b"")
     assert "no-such-bucket" not in bucket.all_buckets()
 
 
@@ -112,6 +116,25 @@ def test_a_shard_that_cannot_be_read_is_named_and_fails_alone(proxy, remote, buc
     assert result.samples == 16
     proxy.reset()
     assert scan(remote).failed == ()
+    assert bucket.tree_bytes("out") == whole
+
+
+def test_a_connection_lost_in_the_middle_of_a_shard_is_no_damage_of_the_shard(
+    proxy, remote, bucket, whole, monkeypatch
+):
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"default_block_size": 4096})  # several requests a shard
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+    def later(request: Request) -> str:
+        start = re.match(r"bytes=(\d+)", request.headers.get("Range", ""))
+        return "reset" if "/in/part-0000.tar" in request.path and start and int(start[1]) else ""
+
+    proxy.reset(first(2, later))
+    result = scan(remote)
+    assert len(proxy.faults()) == 2
+    assert result.damaged == ()
+    assert [line.split(" (")[0] for line in result.failed] == [f"{bucket.url('in/part-0000.tar')}: cannot be read"]
+    assert ended(remote) == "done"
     assert bucket.tree_bytes("out") == whole
 
 
