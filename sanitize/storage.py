@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -24,11 +25,13 @@ from sanitize.hashing import HashingWriter
 T = TypeVar("T")
 R = TypeVar("R")
 PARTIAL = ".partial"
+_SCHEME = re.compile(r"[\w.+:-]+://")
+BUCKETS = ("s3://", "s3a://", "gs://", "gcs://", "az://", "abfs://", "abfss://")
 READ_AHEAD = 32  # requests under way: each waits for a device or a network, not for this process
 
 
 def is_local(path: str) -> bool:
-    return "://" not in path or path.startswith("file://")
+    return not _SCHEME.match(path) or path.startswith("file://")
 
 
 def join(folder: str, *names: str) -> str:
@@ -51,11 +54,14 @@ def real(path: str) -> str:
 
 
 def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """(file system, path in it). Local names are taken literally: `a::b.tar` is a file, not a chain of fsspec."""
+    """(file system, path in it). Local names are taken literally: `a::b.tar` is a file, not a chain of fsspec.
+
+    No listing of a bucket is remembered: what another process wrote, replaced or deleted since is seen at once.
+    """
     if is_local(path):
         return LocalFileSystem(), absolute(path)
     try:
-        fs, inner = fsspec.core.url_to_fs(path)
+        fs, inner = fsspec.core.url_to_fs(path, **({"use_listings_cache": False} if path.startswith(BUCKETS) else {}))
     except (ValueError, ImportError) as error:
         raise StorageError(
             f"{path}: cannot be reached ({error}). Correct the address, or install what it needs."
@@ -180,12 +186,23 @@ def file_sha256(path: str) -> str:
 
 
 @contextlib.contextmanager
-def explain_write_errors(path: str) -> Iterator[None]:
+def explain_write_errors(path: str, target: str = "") -> Iterator[None]:
+    """As `explain_read_errors`. target: the remote file that what is written to a local `path` is meant for."""
     try:
         yield
-    except OSError as error:
-        how = _WRITE_ERRORS.get(error.errno or 0, f"{error}. Check the device")
-        raise StorageError(f"{path}: {how}, then run the same command again; finished files are kept.") from error
+    except SanitizeError:
+        raise
+    except Exception as error:
+        if is_local(path) and not isinstance(error, OSError):
+            raise
+        how = f"cannot be written ({error or type(error).__name__}). Check the connection and your credentials"
+        if is_local(path):
+            how = _WRITE_ERRORS.get(getattr(error, "errno", None) or 0, f"{error}. Check the device")
+        where = f"{path}, on the way to {target}" if target else path
+        raise StorageError(
+            f"{where}: {how}, then run the same command again; finished files are kept.",
+            may_pass=_may_pass(path, error),
+        ) from error
 
 
 _NOT_A_FOLDER = "a part of the path is a file, not a folder. Choose another --out"
@@ -206,7 +223,7 @@ def atomic_write(path: str) -> Iterator[HashingWriter]:
     Local: a temporary name in the same folder, flushed to the device, then renamed. Remote: written to a local
     temporary file, then put in one piece (object stores show an object only when its upload is complete).
     """
-    with explain_write_errors(path if is_local(path) else f"{tempfile.gettempdir()}, on the way to {path}"):
+    with explain_write_errors(path) if is_local(path) else explain_write_errors(tempfile.gettempdir(), path):
         if is_local(path):
             target = local_path(path)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -238,16 +255,11 @@ def require_temporary_space(path: str, size: int) -> None:
 
 
 def _put(file: Path, path: str) -> None:
-    fs, inner = filesystem(path)
-    try:
-        fs.makedirs(inner.rsplit("/", 1)[0], exist_ok=True)
+    with explain_write_errors(path):
+        fs, inner = filesystem(path)
+        if not path.startswith(BUCKETS):  # which has no folders; a bucket that is missing would be made
+            fs.makedirs(inner.rsplit("/", 1)[0], exist_ok=True)
         fs.put_file(str(file), inner)
-    except Exception as error:  # clients of object storage have errors of their own
-        raise StorageError(
-            f"{path}: cannot be written ({error or type(error).__name__}). Check the connection and your credentials, then run the "
-            "same command again; finished files are kept.",
-            may_pass=_may_pass(path, error),
-        ) from error
 
 
 def _flush_folder(folder: Path) -> None:
@@ -266,17 +278,22 @@ def write_bytes(path: str, data: bytes) -> None:
 
 
 def put_if_absent(path: str, data: bytes) -> bool:
-    """Write a remote file unless there is one; whether it was written. One request where the file system has it (S3, GCS)."""
-    fs, inner = filesystem(path)
+    """Write a remote file unless there is one; whether it is there with this very content, which no other writer may have.
+
+    One request where the file system has it (S3, GCS).
+    """
     with explain_write_errors(path):
+        fs, inner = filesystem(path)
         try:
             fs.pipe_file(inner, data, mode="create")
-        except FileExistsError:
-            return False
         except (TypeError, NotImplementedError):  # an older client: two requests, between which another may come
             if fs.exists(inner):
                 return False
             fs.pipe_file(inner, data)
+        except OSError as error:  # servers differ in how they say that there is one
+            if isinstance(error, PermissionError | FileNotFoundError) or not fs.exists(inner):
+                raise
+            return bool(fs.cat_file(inner) == data)  # ours, when the answer was lost and the client asked again
     return True
 
 

@@ -34,6 +34,7 @@ from sanitize.config_loading import load_encoder_spec
 from sanitize.detectors.reference_set import ReferenceSet
 from sanitize.stages.encoders import embed_in_batches
 
+pytest_plugins = ["faults.s3_fixtures"]
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 

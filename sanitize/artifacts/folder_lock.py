@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import time
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ def folder_lock(folder: str, command: str) -> Iterator[None]:
     is put only where there is none; one that a killed process left must be deleted by hand, and the message says so.
     """
     holder = {"command": command, "host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T")}
+    holder["token"] = uuid.uuid4().hex  # no two holders are alike
     if storage.is_local(folder):
         yield from _hold_locally(folder, holder)
     else:
@@ -57,8 +59,11 @@ def _hold_remotely(folder: str, holder: dict[str, Any]) -> Iterator[None]:
         raise RefusedError(f"{_in_use(folder)} Wait until it ends; if that process is gone, delete {path}.")
     try:
         yield
-    finally:
-        storage.delete(path)
+    except BaseException:
+        with contextlib.suppress(StorageError):  # what went wrong first is what is told
+            storage.delete(path)
+        raise
+    storage.delete(path)
 
 
 def _in_use(folder: str) -> str:
