@@ -11,10 +11,17 @@ from faults.s3 import ANSWERS, RETRIED, Request, always, first, free_port, seede
 from faults.s3_fixtures import OPTIONS
 from fsspec.registry import _registry
 
-from sanitize import storage
+from sanitize import storage, workers
 from sanitize.commands.scan import scan
 from sanitize.commands.verify import verify
 from sanitize.errors import SanitizeError, StorageError
+
+
+@pytest.fixture(autouse=True)
+def tried_once(monkeypatch):
+    """Else most faults would pass unnoticed, and the others take half a minute."""
+    monkeypatch.setattr(workers, "PAUSES", ())
+
 
 # ---------------------------------------------------------------- one line, soon
 
@@ -135,6 +142,19 @@ def test_a_connection_lost_in_the_middle_of_a_shard_is_no_damage_of_the_shard(
     assert result.damaged == ()
     assert [line.split(" (")[0] for line in result.failed] == [f"{bucket.url('in/part-0000.tar')}: cannot be read"]
     assert ended(remote) == "done"
+    assert bucket.tree_bytes("out") == whole
+
+
+@pytest.mark.parametrize("fault", ["throttled", *slow("reset", "internal", "cut", "lost")])
+@pytest.mark.parametrize(("method", "name"), [("GET", "/in/part-0001.tar"), ("PUT", "/out/clean/part-0001.tar")])
+def test_a_shard_that_the_client_gave_up_on_is_tried_again(
+    proxy, remote, bucket, whole, monkeypatch, fault, method, name
+):
+    monkeypatch.setattr(workers, "PAUSES", (0.0,) * 3)
+    proxy.reset(first(10, always(fault, name, method)))  # more than one try of the client's
+    assert ended(remote) == "done"
+    assert len(proxy.faults()) == 10
+    assert ended(remote) == "done"  # adds the identity of a shard that could not be read when the scan began
     assert bucket.tree_bytes("out") == whole
 
 
