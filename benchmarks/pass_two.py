@@ -22,7 +22,7 @@ from benchmarks.scan import OUT, detector_for
 from sanitize import storage
 from sanitize.artifacts.detector_folder import Detector, load_detector
 from sanitize.artifacts.scan_folder import InputShard, Run, ScanFolder, ShardInput, ShardMarker
-from sanitize.commands.clean import find_rule
+from sanitize.commands.clean import Scanned, find_rule
 from sanitize.config import ThresholdPolicy
 from sanitize.stages import score_table
 from sanitize.stages.decision_table import write_decisions
@@ -100,6 +100,7 @@ def main() -> None:
     shards = {marker.shard: InputShard("", 0, "") for marker in markers}
     fingerprint = load_detector(detector).fingerprint
     run = Run(storage.absolute(detector), fingerprint, {}, "", "", "thorough", "fp32", shards, {})
+    scanned = Scanned(folder, run, markers, set(), False)
     paths = [folder.scores(marker.shard) for marker in markers]
     for name, columns in (("score", ["score"]), ("statistics", score_table.STATISTICS_COLUMNS)):
         with measured(f"bound: read {name} only", rows):
@@ -107,7 +108,7 @@ def main() -> None:
                 pass
     for policy in POLICIES:
         with measured(f"rule, {policy.policy}", rows):
-            rule, result = find_rule(folder, run, markers, policy, force=True)
+            rule, (result,) = find_rule([scanned], policy, force=True)
         print(f"  threshold {rule.threshold:.3f}, {result.removed} of {rows} removed, {rule.adapter.identity}")
     some, bytes_written = markers[: max(len(markers) // 10, 1)], 0
     with measured("decisions of a tenth, one worker", len(some) * options.per_shard):

@@ -106,6 +106,9 @@ def fit(
 )
 @click.option("--precision", type=click.Choice(PRECISIONS), help="[default: auto]")
 @click.option("--limit", type=int, help="Only the first so many shards: a trial, into an --out of its own")
+@click.option(
+    "--append", is_flag=True, default=None, help="Add SHARDS to those of the scan in --out; decide on all of them"
+)
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would be done; write nothing")
 @policy_options
 @common_options
@@ -192,34 +195,43 @@ def finetune(shards: tuple[str, ...], config: str, settings: tuple[str, ...], **
 
 
 @main.command()
-@click.argument("scanned", default="scanned")
+@click.argument("scanned", nargs=-1)
 @click.option("--workers", default=0, show_default=True, help="Ray workers that copy; 0 = this process")
 @click.option("--address", default="", help="Ray cluster to join")
 @click.option("--config", default="", help="YAML whose scan.policy counts [default: sanitize.yaml if it is here]")
 @click.option("--dry-run", is_flag=True, help="Say what would be kept; write nothing")
 @policy_options
 def clean(
-    scanned: str, force: bool | None, workers: int, address: str, config: str, dry_run: bool, **options: Any
+    scanned: tuple[str, ...], force: bool | None, workers: int, address: str, config: str, dry_run: bool, **options: Any
 ) -> None:
-    """Split the shards again at another threshold; scores are read, never computed.
+    """Split the shards of SCANNED [default: scanned] again at another threshold; scores are read, never computed. Several scans are
+    decided by one rule, as if they were one.
 
     \b
     Example:  sanitize clean scanned/ --fpr 0.001
+              sanitize clean january/ february/ --policy fdr
     """
     from sanitize import runtime
-    from sanitize.commands.clean import clean as run
-    from sanitize.commands.clean import preview
+    from sanitize.commands.clean import clean_together, preview
 
     values = settings_of("scan", config, (), {"policy": take_policy(options) or None, "force": force})
     policy = from_mapping(ThresholdPolicy, values.get("policy", {}), "policy")
+    outs = [out.rstrip("/") for out in scanned or ("scanned",)]
     if dry_run:
-        would = preview(scanned.rstrip("/"), policy)
-        tell(would, f"would write {_cleaned(scanned.rstrip('/'), would)}")
+        would = preview(outs, policy)
+        tell(_by_folder(outs, would), *(f"would write {_cleaned(*pair)}" for pair in zip(outs, would, strict=True)))
         return
     resources = runtime.plan(workers, 1, 0, workers, address)
-    result = run(scanned.rstrip("/"), policy, force=bool(values.get("force")), resources=resources, address=address)
-    tell(result, _cleaned(scanned.rstrip("/"), result))
-    _exit_for_shards(result.failed)
+    results = clean_together(outs, policy, force=bool(values.get("force")), resources=resources, address=address)
+    tell(_by_folder(outs, results), *(_cleaned(*pair) for pair in zip(outs, results, strict=True)))
+    _exit_for_shards([message for result in results for message in result.failed])
+
+
+def _by_folder(outs: Sequence[str], results: Sequence[Any]) -> Any:
+    """For --json: the result of one scan, or of several by folder."""
+    if len(outs) == 1:
+        return results[0]
+    return {out: to_mapping(result) for out, result in zip(outs, results, strict=True)}
 
 
 @main.command()

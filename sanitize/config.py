@@ -205,6 +205,7 @@ class ScanConfig:
     scores_only: bool = False
     force: bool = False
     limit: int = 0  # scan only the first so many shards; 0 = all
+    append: bool = False  # the shards are added to those of an earlier scan in `out`, and decided with them
     image_member: str = ""
     caption_member: str = ""  # txt or json:<field>; default: txt when the encoder has a tokenizer
     batch_size: int = 256

@@ -120,7 +120,8 @@ class ShardMarker:
 
 @dataclass(frozen=True)
 class Summary:
-    """Pass 2 of the whole scan. scores: which scores decided; rule: identity of the Rule; markers_sha256: of markers.jsonl."""
+    """Pass 2 of the whole scan. scores: which scores decided; rule: identity of the Rule; markers_sha256: of markers.jsonl;
+    together: folders of the other scans that were decided with it, by one rule."""
 
     policy: ThresholdPolicy
     scores: str
@@ -135,6 +136,7 @@ class Summary:
     loose_members: int = 0
     rule: str = ""
     markers_sha256: str = ""
+    together: tuple[str, ...] = ()
 
 
 def decision_identity(keep: NDArray[np.bool_]) -> str:
@@ -153,12 +155,22 @@ class ScanFolder:
 
     # ---------------------------------------------------------------- run
 
-    def claim(self, run: Run) -> None:
+    def claim(self, run: Run, append: bool = False) -> None:
         """Write run.json, or check that it describes this very run. Raises RefusedError: a folder never mixes two.
 
-        A shard that could not be read on one of the two occasions is known by its name.
+        A shard that could not be read on one of the two occasions is known by its name. append: shards that run.json does not name
+        are added to it; those it names may be left out of `run`.
         """
-        run_record.claim_folder(self.path, "run.json", to_mapping(run), "a scan", inputs=("shards",))
+        if append and storage.exists(self.at("run.json")):
+            before = self.run().shards
+            run = replace(run, shards=before | run.shards)
+            known = replace(run, shards={stem: run.shards[stem] for stem in before})
+            run_record.claim_folder(self.path, "run.json", to_mapping(known), "a scan", inputs=("shards",))
+            if run.shards.keys() - before.keys():
+                self.delete_summary()  # of a pass 2 without them
+                storage.write_json(self.at("run.json"), to_mapping(run))
+        else:
+            run_record.claim_folder(self.path, "run.json", to_mapping(run), "a scan", inputs=("shards",))
 
     def run(self) -> Run:
         """Raises ConfigError when there is no scan."""

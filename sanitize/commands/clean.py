@@ -5,6 +5,7 @@ decisions/<stem>.parquet: whoever acts on a decision reads it there. Kept sample
 Everything else of a shard (removed samples, members without a key) goes to the quarantine tar, so clean + quarantine = input.
 """
 
+import contextlib
 import logging
 import math
 from collections.abc import Sequence
@@ -56,88 +57,123 @@ def clean(
     out: str, policy: ThresholdPolicy, *, force: bool = False, resources: Resources | None = None, address: str = ""
 ) -> CleanResult:
     """Find the rule for the whole scan, decide on and split every shard by it (in this process by default), write summary.json."""
-    ScanFolder(out).run()  # is there a scan?
-    with folder_lock(out, "clean"):
-        return decide_and_split(out, policy, force=force, resources=resources, address=address)
+    return clean_together([out], policy, force=force, resources=resources, address=address)[0]
 
 
-def preview(out: str, policy: ThresholdPolicy) -> CleanResult:
+def clean_together(
+    outs: Sequence[str],
+    policy: ThresholdPolicy,
+    *,
+    force: bool = False,
+    resources: Resources | None = None,
+    address: str = "",
+) -> list[CleanResult]:
+    """`clean` of several scans of one data set by one rule, as if they were one; a result for each."""
+    for out in outs:
+        ScanFolder(out).run()  # is there a scan?
+    with contextlib.ExitStack() as locks:
+        for out in sorted(outs):
+            locks.enter_context(folder_lock(out, "clean"))
+        return decide_and_split(outs, policy, force=force, resources=resources, address=address)
+
+
+def preview(outs: Sequence[str], policy: ThresholdPolicy) -> list[CleanResult]:
     """What `clean` would keep and remove; nothing is written, and nothing is refused for being much."""
-    folder = ScanFolder(out)
-    run = folder.run()
-    return find_rule(folder, run, folder.markers(sorted(run.shards)), policy, force=True)[1]
+    return find_rule([Scanned.of(out) for out in outs], policy, force=True)[1]
 
 
 def decide_and_split(
-    out: str, policy: ThresholdPolicy, *, force: bool, resources: Resources | None, address: str
-) -> CleanResult:
-    """`clean` for a caller that holds the folder's lock."""
-    folder = ScanFolder(out)
-    run = folder.run()
-    storage.remove_partials(out)
-    committed, present = folder.committed_markers(), folder.present_files()
-    markers = folder.markers(sorted(run.shards), committed)
-    if [*committed] == [m.shard for m in markers] and (finished := _finished(folder, markers, present, policy, force)):
-        return finished
-    rule, result = find_rule(folder, run, markers, policy, force)
-    folder.delete_summary()
-    todo = [run.shard(m.shard) for m in markers if not _is_split(m, rule.identity) or m.files.keys() - present]
-    task, at_once = SplitTask(storage.absolute(out), rule), _at_once(out, todo)
-    resources = resources or runtime.plan(0, 0, -1, len(todo))
-    split, failed = {marker.shard: marker for marker in markers}, {}
-    with ProgressDisplay("clean", len(todo), sum(s.size for s in todo)) as display:
-        for outcome in workers.map_shards(task, todo, resources, display, address, at_once):
-            if outcome.result:
-                split[outcome.shard.stem] = outcome.result
-            else:
-                failed[outcome.shard.stem] = outcome.error
-    split |= {marker.shard: marker for marker in folder.read_markers(sorted(failed))}  # as far as they came
-    markers, result = list(split.values()), replace(result, failed=tuple(sorted(failed.values())))
-    folder.write_summary(_summary(run, markers, policy, rule, result), markers)
-    return result
+    outs: Sequence[str], policy: ThresholdPolicy, *, force: bool, resources: Resources | None, address: str
+) -> list[CleanResult]:
+    """`clean_together` for a caller that holds the folders' locks."""
+    for out in outs:
+        storage.remove_partials(out)
+    scans = [Scanned.of(out) for out in outs]
+    finished = [_finished(scan, scans, policy, force) for scan in scans]
+    if all(finished):
+        log.info("clean: all %d shards were split before", sum(len(scan.markers) for scan in scans))
+        return [result for result in finished if result]
+    rule, results = find_rule(scans, policy, force)
+    return [
+        _split_all(scan, scans, policy, rule, result, resources, address)
+        for scan, result in zip(scans, results, strict=True)
+    ]
 
 
-def _finished(
-    folder: ScanFolder, markers: Sequence[ShardMarker], present: set[str], policy: ThresholdPolicy, force: bool
-) -> CleanResult | None:
+@dataclass(frozen=True)
+class Scanned:
+    """A scan as pass 2 finds it. present: names of its files; committed: all markers are those of a finished pass 2."""
+
+    folder: ScanFolder
+    run: Run
+    markers: list[ShardMarker]
+    present: set[str]
+    committed: bool
+
+    @classmethod
+    def of(cls, out: str) -> "Scanned":
+        folder = ScanFolder(out)
+        run, committed = folder.run(), folder.committed_markers()
+        markers = folder.markers(sorted(run.shards), committed)
+        whole = [*committed] == [marker.shard for marker in markers]
+        return cls(folder, run, markers, folder.present_files(), whole)
+
+    def others(self, scans: Sequence["Scanned"]) -> tuple[str, ...]:
+        """Of the scans that are decided together, as the summary names them."""
+        return tuple(sorted(storage.absolute(scan.folder.path) for scan in scans if scan is not self))
+
+
+def _finished(scan: Scanned, scans: Sequence[Scanned], policy: ThresholdPolicy, force: bool) -> CleanResult | None:
     """What an earlier run of the same pass 2 left, when nothing of it is missing."""
-    summary = folder.summary()
-    if summary is None or summary.policy != policy or summary.shards_failed:
+    summary = scan.folder.summary()
+    if not scan.committed or summary is None or summary.shards_failed:
         return None
-    whole = len(markers) == summary.shards and all(
-        _is_split(m, summary.rule) and m.files.keys() <= present for m in markers
-    )
-    if not whole or (_is_most(summary.removed, summary.samples) and not force):
+    if (summary.policy, summary.together) != (policy, scan.others(scans)) or len(scan.markers) < summary.shards:
         return None
-    log.info("clean: all %d shards were split before", summary.shards)
+    if not all(_is_split(m, summary.rule) and m.files.keys() <= scan.present for m in scan.markers):
+        return None
+    if _is_most(summary.removed, summary.samples) and not force:
+        return None
     return CleanResult(summary.threshold, summary.kept, summary.removed, summary.unscored, ())
 
 
 # ---------------------------------------------------------------- deciding
 
 
-def find_rule(
-    folder: ScanFolder, run: Run, markers: Sequence[ShardMarker], policy: ThresholdPolicy, force: bool
-) -> tuple[Rule, CleanResult]:
-    """One threshold for the whole scan. Memory: one float32 a sample, and a few times that while the threshold is found."""
-    detector = _detector(folder.path, run, policy)
-    calibration = detector.calibration(run.effort) if detector else np.empty(0, np.float32)
-    reference = detector.adaptable_reference(run.effort) if detector and policy.adapt else None
-    samples = {folder.scores(marker.shard): marker.samples for marker in markers}
+def find_rule(scans: Sequence[Scanned], policy: ThresholdPolicy, force: bool) -> tuple[Rule, list[CleanResult]]:
+    """One threshold for all samples. Memory: one float32 a sample, and a few times that while the threshold is found."""
+    first = scans[0].run
+    for scan in scans[1:]:
+        if (scan.run.detector_fingerprint, scan.run.effort) != (first.detector_fingerprint, first.effort):
+            raise RefusedError(
+                f"{scan.folder.path}: was scanned with another detector or effort than {scans[0].folder.path}, so their scores do not "
+                "compare. Clean them one by one, or scan one of them again."
+            )
+    detector = _detector(scans[0].folder.path, first, policy)
+    calibration = detector.calibration(first.effort) if detector else np.empty(0, np.float32)
+    reference = detector.adaptable_reference(first.effort) if detector and policy.adapt else None
+    samples = {scan.folder.scores(marker.shard): marker.samples for scan in scans for marker in scan.markers}
     adapter = score_adapter(samples, reference, calibration)
     scores = adapter.scores_of_all(samples)
     threshold = thresholds.threshold_for(scores, calibration, policy)
     _warn_of_small_calibration(policy, threshold, len(calibration))
     _warn_of_a_divided_group(scores, threshold)
-    kept = int(thresholds.keep(scores, threshold, policy.keep_unscored).sum())
-    result = CleanResult(threshold, kept, len(scores) - kept, int(np.isnan(scores).sum()), ())
-    if _is_most(result.removed, len(scores)) and not force:
+    results = []
+    for part in np.split(scores, np.cumsum([sum(marker.samples for marker in scan.markers) for scan in scans])[:-1]):
+        kept = int(thresholds.keep(part, threshold, policy.keep_unscored).sum())
+        results.append(CleanResult(threshold, kept, len(part) - kept, int(np.isnan(part).sum()), ()))
+    _refuse_to_remove_most(results, force)
+    return Rule(threshold, policy.keep_unscored, adapter), results
+
+
+def _refuse_to_remove_most(results: Sequence[CleanResult], force: bool) -> None:
+    removed, total = sum(r.removed for r in results), sum(r.kept + r.removed for r in results)
+    if _is_most(removed, total) and not force:
         raise RefusedError(
-            f"{result.removed} of {len(scores)} samples would be removed ({result.unscored} of them have no score), which is "
+            f"{removed} of {total} samples would be removed ({sum(r.unscored for r in results)} of them have no score), which is "
             "more than half. Is the auxiliary set like these shards, and is the encoder the right one? Look at "
             "`sanitize audit`; try --policy robust; --force goes on anyway. No clean shard was written."
         )
-    return Rule(threshold, policy.keep_unscored, adapter), result
 
 
 def _warn_of_a_divided_group(scores: NDArray[np.float32], threshold: float) -> None:
@@ -188,15 +224,37 @@ def _warn_of_small_calibration(policy: ThresholdPolicy, threshold: float, calibr
         )
 
 
-def _summary(
-    run: Run,
-    markers: Sequence[ShardMarker],
+# ---------------------------------------------------------------- splitting
+
+
+def _split_all(
+    scan: Scanned,
+    scans: Sequence[Scanned],
     policy: ThresholdPolicy,
     rule: Rule,
     result: CleanResult,
-) -> Summary:
-    unscored_shards = sorted(set(run.shards) - {marker.shard for marker in markers})
-    return Summary(
+    resources: Resources | None,
+    address: str,
+) -> CleanResult:
+    """Every shard that is not split by this rule yet; then the summary."""
+    folder, run = scan.folder, scan.run
+    folder.delete_summary()
+    todo = [
+        run.shard(m.shard) for m in scan.markers if not _is_split(m, rule.identity) or m.files.keys() - scan.present
+    ]
+    task, at_once = SplitTask(storage.absolute(folder.path), rule), _at_once(folder.path, todo)
+    resources = resources or runtime.plan(0, 0, -1, len(todo))
+    split, failed = {marker.shard: marker for marker in scan.markers}, {}
+    with ProgressDisplay("clean", len(todo), sum(s.size for s in todo)) as display:
+        for outcome in workers.map_shards(task, todo, resources, display, address, at_once):
+            if outcome.result:
+                split[outcome.shard.stem] = outcome.result
+            else:
+                failed[outcome.shard.stem] = outcome.error
+    split |= {marker.shard: marker for marker in folder.read_markers(sorted(failed))}  # as far as they came
+    markers, result = list(split.values()), replace(result, failed=tuple(sorted(failed.values())))
+    unscored_shards = sorted(set(run.shards) - split.keys())
+    summary = Summary(
         policy=policy,
         scores=rule.adapter.identity,
         threshold=result.threshold,
@@ -209,10 +267,10 @@ def _summary(
         shards_damaged={marker.shard: marker.input.damage for marker in markers if marker.input.damage},
         loose_members=sum(marker.input.loose_members for marker in markers),
         rule=rule.identity,
+        together=scan.others(scans),
     )
-
-
-# ---------------------------------------------------------------- splitting
+    folder.write_summary(summary, markers)
+    return result
 
 
 def _at_once(out: str, shards: Sequence[Shard]) -> int:

@@ -123,12 +123,12 @@ def scan(config: ScanConfig) -> ScanResult:
     folder, prepared = ScanFolder(config.out), _prepare(config)
     shards, resources, caption_member = prepared.shards, prepared.resources, prepared.caption_member
     with folder_lock(config.out, "scan"), runtime.session_for(resources, config.address):
-        folder.claim(_run(config, caption_member, prepared.detector, shards))
+        folder.claim(_run(config, caption_member, prepared.detector, shards), config.append)
         failed = _score(config, caption_member, folder, shards, resources)
-        markers, cleaned = folder.markers([shard.stem for shard in shards]), None
+        markers, cleaned = folder.markers(sorted(folder.run().shards)), None
         if markers and not config.scores_only:
             policy, force, address = config.policy, config.force, config.address
-            cleaned = decide_and_split(config.out, policy, force=force, resources=resources, address=address)
+            (cleaned,) = decide_and_split([config.out], policy, force=force, resources=resources, address=address)
     return ScanResult(
         out=config.out,
         samples=sum(marker.samples for marker in markers),
