@@ -25,6 +25,7 @@ from sanitize.config import EncoderSpec, FitConfig, ScanConfig, TrainingConfig
 from sanitize.records import DecodedImage
 from sanitize.stages.encoders import build_backbone
 from sanitize.stages.images import decode_sample
+from sanitize.stages.precision import autocast
 from sanitize.stages.prefetch import image_batches
 from sanitize.stages.shard_reader import ShardReader
 from sanitize.stages.shards import list_shards
@@ -87,7 +88,7 @@ def measure(title: str, shards: Path, detector: Path, count: int) -> None:
     images = [scorer.embed(batch)[0] for batch in batches[:4]]
 
     def encoder_only() -> int:
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=scorer.dtype == torch.bfloat16):
+        with torch.inference_mode(), autocast(scorer.device, scorer.dtype):
             return sum(len(scorer.encoder(batch)) for batch in images)
 
     def model_only() -> int:
