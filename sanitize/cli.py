@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from sanitize import __version__
+from sanitize import __version__, process
 from sanitize.cli_options import (
     build_config,
     common_options,
@@ -61,6 +61,7 @@ def main(quiet: bool) -> None:
     sanitize fit  aux/    --encoder encoder.yaml   learn what this encoder's embeddings look like when decoded
     sanitize scan shards/                          score every sample, then write clean shards
     """
+    process.prepare()
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("ray", "matplotlib", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

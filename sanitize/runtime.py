@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-import joblib
 import torch
 
+from sanitize import process
 from sanitize.errors import ConfigError, SanitizeError, ShardError
+from sanitize.process import usable_cpus
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 
@@ -71,12 +72,6 @@ def plan(workers: int, cpus_per_worker: int, gpus_per_worker: float, shards: int
     return Resources(workers, cpus_per_worker, gpus_per_worker)
 
 
-def usable_cpus() -> int:
-    """Those this process may use: affinity (a scheduler, `taskset`) or a container's quota may leave it fewer than the machine
-    has, and more threads than cores that wait for each other in OpenMP slow training down several times."""
-    return int(joblib.cpu_count())
-
-
 def _available(address: str) -> tuple[int, int]:
     import ray
 
@@ -115,8 +110,11 @@ def ray_session(address: str) -> Iterator[None]:
         return
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        options: dict[str, Any] = {} if address else {"include_dashboard": False, "num_cpus": usable_cpus()}
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
+        options: dict[str, Any] = {"include_dashboard": False, "num_cpus": usable_cpus()}
+        if address:  # its processes run already, so that each worker for us is started anew, which takes seconds
+            options = {"runtime_env": {"env_vars": process.ENVIRONMENT}}
+        with process.children_keep_freed_memory():
+            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"--address {address}: cannot join a Ray cluster there ({error}). Check `ray status`."

@@ -9,9 +9,10 @@ import pytest
 import ray
 
 from sanitize.errors import ConfigError, SanitizeError, ShardError, StorageError
+from sanitize.process import usable_cpus
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
-from sanitize.runtime import Resources, map_shards, plan, usable_cpus
+from sanitize.runtime import Resources, map_shards, plan
 
 SHARDS = [Shard(f"/in/{name}.tar", name, 10) for name in "abcd"]
 
