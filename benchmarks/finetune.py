@@ -8,7 +8,6 @@ checkpoint; speed of the last of two epochs, as it stands in metrics.jsonl, so t
 """
 
 import io
-import os
 import shutil
 import statistics
 import tarfile
@@ -26,6 +25,7 @@ from benchmarks.data import write_shards
 from sanitize import runtime
 from sanitize.commands.finetune import finetune
 from sanitize.config import EncoderSpec, FinetuneConfig
+from sanitize.process import prepare, usable_cpus
 from sanitize.stages.encoders import build_backbone
 
 OUT = Path("runs/bench")
@@ -100,11 +100,12 @@ def ours(spec: EncoderSpec, shards: Path, workers: int, cores: int) -> float:
 @click.option("--rounds", default=3, show_default=True)
 def main(count: int, size: int, rounds: int) -> None:
     """Print images/s of full fine-tuning and of the plain loop."""
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cpus()
     torch.set_num_threads(cores)
     shards = write_shards(OUT / f"labelled-{size}-{count}", count, size, "JPEG", 4, classes=CLASSES)
     spec = encoder_of(size)
     rates: dict[str, list[float]] = {"plain loop": [], "finetune, this process": [], "finetune, 1 Ray worker": []}
+    prepare()
     with runtime.ray_session(""):
         for _ in range(rounds):
             rates["plain loop"].append(plain_loop(spec, shards, count))

@@ -22,9 +22,11 @@ from sanitize.artifacts.detector_folder import load_detector, load_matching_enco
 from sanitize.commands.fit import fit
 from sanitize.commands.scan import scan
 from sanitize.config import EncoderSpec, FitConfig, ScanConfig, TrainingConfig
+from sanitize.process import prepare, usable_cpus
 from sanitize.records import DecodedImage
 from sanitize.stages.encoders import build_backbone
 from sanitize.stages.images import decode_sample
+from sanitize.stages.precision import autocast
 from sanitize.stages.prefetch import image_batches
 from sanitize.stages.shard_reader import ShardReader
 from sanitize.stages.shards import list_shards
@@ -60,9 +62,7 @@ def decode_only(shards: Path) -> int:
     count = 0
     for shard in list_shards([str(shards)]):
         with storage.open_read(shard.url) as file:
-            count += sum(
-                len(b) for b in image_batches(ShardReader(file, shard).samples(), BATCH, runtime.usable_cpus())
-            )
+            count += sum(len(b) for b in image_batches(ShardReader(file, shard).samples(), BATCH, usable_cpus()))
     return count
 
 
@@ -80,14 +80,14 @@ def all_images(shards: Path, limit: int) -> list[DecodedImage]:
 def measure(title: str, shards: Path, detector: Path, count: int) -> None:
     loaded = load_detector(str(detector))
     scorer = make_scorer(loaded, load_matching_encoder(loaded, None), "auto", torch.device("cpu"))
-    torch.set_num_threads(runtime.usable_cpus())
+    torch.set_num_threads(usable_cpus())
     decoded = all_images(shards, min(count, 4096))
     batches = [decoded[i : i + BATCH] for i in range(0, len(decoded), BATCH)]
     scorer(batches[0])
     images = [scorer.embed(batch)[0] for batch in batches[:4]]
 
     def encoder_only() -> int:
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=scorer.dtype == torch.bfloat16):
+        with torch.inference_mode(), autocast(scorer.device, scorer.dtype):
             return sum(len(scorer.encoder(batch)) for batch in images)
 
     def model_only() -> int:
@@ -106,7 +106,7 @@ def measure(title: str, shards: Path, detector: Path, count: int) -> None:
                 done += len(scorer(batch)["score"]) if batch else 0
         return done
 
-    print(f"\n{title}: {count} images, {runtime.usable_cpus()} cores, {scorer.dtype}", flush=True)
+    print(f"\n{title}: {count} images, {usable_cpus()} cores, {scorer.dtype}", flush=True)
     encoder_rate, decode_rate, model_rate = timed(encoder_only), timed(lambda: decode_only(shards)), timed(model_only)
     bound = 1 / (1 / decode_rate + 1 / model_rate)
     serial = timed(serial_loop)
@@ -139,6 +139,7 @@ def scan_rate(shards: Path, detector: Path, workers: int, count: int) -> tuple[f
 @click.option("--large", default=2_048, show_default=True, help="224 px JPEGs, ResNet-18")
 def main(small: int, large: int) -> None:
     """Print images/s of scan and of its bounds."""
+    prepare()
     with runtime.ray_session(""):
         for title, size, kind, count, spec in (
             ("32 px PNG", 32, "PNG", small, CIFAR),

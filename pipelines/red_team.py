@@ -3,8 +3,9 @@
     python -m pipelines.red_team configs/red_team_*.yaml [--preset cpu|gpu] [--seed 100 --seed 101]
 
 Every victim gets a folder: clean/ and backdoored/ (encoder.yaml, encoder.safetensors), report.json (evaluation), truth.json
-(what was poisoned, the trigger, every setting). A victim whose settings, data and seed are those of a finished folder is
-not made again, so running the same command after an interruption makes the rest. Clean encoders are shared.
+(what was poisoned, the trigger, every setting, the number format it was trained in). A victim whose settings, data and
+seed are those of a finished folder is not made again, so running the same command after an interruption makes the rest.
+Clean encoders are shared.
 """
 
 import csv
@@ -26,6 +27,7 @@ from sanitize import storage
 from sanitize.attacks.evaluation import AttackReport
 from sanitize.config import check
 from sanitize.config_loading import from_mapping, load_yaml, overlay, to_mapping
+from sanitize.stages.precision import resolve_precision
 
 log = logging.getLogger(__name__)
 RECIPE = 1  # raise it when the same settings make another victim
@@ -95,7 +97,8 @@ def make(
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         result, truth = kind.build(config, folder, zoo, device)
         seconds = truth.pop("seconds")
-        storage.write_json(storage.join(folder, "truth.json"), settings | truth)
+        precision = str(resolve_precision("auto", device)).removeprefix("torch.")
+        storage.write_json(storage.join(folder, "truth.json"), settings | {"precision": precision} | truth)
         values = {"settings_sha256": digest, "seed": config.seed, "seconds": seconds} | dataclasses.asdict(result)
         storage.write_json(report, values)
     else:

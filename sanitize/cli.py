@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from sanitize import __version__
+from sanitize import __version__, process
 from sanitize.cli_around import init, inspect, poison
 from sanitize.cli_options import (
     build_config,
@@ -44,6 +44,7 @@ def main() -> None:
     sanitize fit  aux/    --encoder encoder.yaml   learn what this encoder's embeddings look like when decoded
     sanitize scan shards/                          score every sample, then write clean shards
     """
+    process.prepare()
     level = logging.WARNING if click.get_current_context().meta.get("quiet") else logging.INFO
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     for noisy in ("ray", "matplotlib", "fsspec"):

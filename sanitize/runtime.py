@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import joblib
 import torch
 
+from sanitize import process
 from sanitize.errors import ConfigError
-
-log = logging.getLogger(__name__)
+from sanitize.process import usable_cpus
 
 CONNECT_SECONDS = 10
 RETRIES = 3  # of a process that dies and of the shards it had
@@ -48,12 +47,6 @@ def plan(workers: int, cpus_per_worker: int, gpus_per_worker: float, shards: int
             f"there are {cpus} CPUs and {gpus} GPUs. Lower --workers, --cpus-per-worker or --gpus-per-worker."
         )
     return Resources(workers, cpus_per_worker, gpus_per_worker)
-
-
-def usable_cpus() -> int:
-    """Those this process may use: affinity (a scheduler, `taskset`) or a container's quota may leave it fewer than the machine
-    has, and more threads than cores that wait for each other in OpenMP slow training down several times."""
-    return int(joblib.cpu_count())
 
 
 def _available(address: str) -> tuple[int, int]:
@@ -95,8 +88,11 @@ def ray_session(address: str) -> Iterator[None]:
     _require_reachable(address)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        options: dict[str, Any] = {} if address else {"include_dashboard": False, "num_cpus": usable_cpus()}
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
+        options: dict[str, Any] = {"include_dashboard": False, "num_cpus": usable_cpus()}
+        if address:  # its processes run already, so that each worker for us is started anew, which takes seconds
+            options = {"runtime_env": {"env_vars": process.ENVIRONMENT}}
+        with process.children_keep_freed_memory():
+            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"--address {address}: cannot join a Ray cluster there ({error}). Check `ray status`."

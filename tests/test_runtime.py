@@ -11,9 +11,10 @@ import ray
 
 from sanitize import workers
 from sanitize.errors import ConfigError, SanitizeError, ShardError, StorageError
+from sanitize.process import usable_cpus
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
-from sanitize.runtime import Resources, _require_reachable, plan, usable_cpus
+from sanitize.runtime import Resources, _require_reachable, plan
 from sanitize.workers import OUT_OF_MEMORY, _lost, map_shards
 
 SHARDS = [Shard(f"/in/{name}.tar", name, 10) for name in "abcd"]

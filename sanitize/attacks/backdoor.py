@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from sanitize.attacks.augment import flip_and_jitter
 from sanitize.stages.encoders import Encoder, embed_in_batches, require_trainable
+from sanitize.stages.precision import autocast, resolve_precision
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ def fine_tune(
     reference_target = unit_embeddings(clean_encoder, references).to(device)
     originals = references.to(device).float() / 255
     count, copies = len(references), config.reference_copies
+    dtype = resolve_precision("auto", device)
     start, done = time.monotonic(), 0
     for epoch in range(1, config.epochs + 1):
         order = torch.randperm(len(shadow), generator=generator)
@@ -105,7 +107,7 @@ def fine_tune(
             views = flip_and_jitter(originals.repeat_interleave(copies, dim=0), generator)
             images = torch.cat([pixels, trigger(pixels)]).to(device).float() / 255
             perturbed = [perturb(images) for perturb in objective.perturbations]
-            with torch.autocast(device.type, torch.bfloat16):
+            with autocast(device, dtype):
                 embeddings = encoder(torch.cat([images, originals, views, *perturbed]))
             sizes = [len(batch), len(batch), count, count * copies, len(perturbed) * len(images)]
             clean, triggered, anchors, augmented, others = embeddings.split(sizes)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sanitize.attacks.backdoor import freeze_batch_norm, unit
 from sanitize.config import EncoderSpec, check
 from sanitize.stages.clip import QuickGELU, TextTransformer
+from sanitize.stages.precision import autocast, resolve_precision
 from sanitize.training.clip import LARGEST_SCALE, Clip, info_nce
 from sanitize.training.optimizer import adamw, warmup_cosine
 
@@ -67,11 +68,12 @@ def train(clip: Clip, pairs: Pairs, config: ContrastiveConfig, seed: int, device
         optimizer, lambda step: warmup_cosine(step, steps, config.warmup_steps)
     )
     generator = torch.Generator().manual_seed(seed)
+    dtype = resolve_precision("auto", device)
     start, done = time.monotonic(), 0
     for epoch in range(config.epochs):
         order = torch.randperm(len(tokens), generator=generator)
         for batch in order[: len(order) // config.batch_size * config.batch_size].split(config.batch_size):
-            with torch.autocast(device.type, torch.bfloat16):
+            with autocast(device, dtype):
                 seen = image(pairs.images[batch].to(device).float() / 255)
                 read = tower(tokens[batch].to(device))
             scale = clip.logit_scale.exp() if learned_scale else torch.tensor(config.scale, device=device)

@@ -11,6 +11,7 @@ from torch.nn import functional
 from sanitize.attacks.augment import colour_jitter, random_resized_crop
 from sanitize.config import EncoderSpec, check
 from sanitize.stages.encoders import Encoder, build_backbone, require_trainable
+from sanitize.stages.precision import autocast, resolve_precision
 from sanitize.training.optimizer import half_cosine
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
 
 
 def pretrain(images: Tensor, spec: EncoderSpec, config: SimclrConfig, seed: int, device: torch.device) -> Encoder:
-    """images (N, 3, S, S) uint8 → encoder in eval mode. bf16 autocast for the backbone; last partial batch dropped."""
+    """images (N, 3, S, S) uint8 → encoder in eval mode. The last partial batch of an epoch is dropped."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     encoder = Encoder(build_backbone(spec).to(memory_format=torch.channels_last), spec).to(device)
@@ -68,6 +69,7 @@ def pretrain(images: Tensor, spec: EncoderSpec, config: SimclrConfig, seed: int,
     per_epoch = len(images) // config.batch_size
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / per_epoch, config))
     encoder.train()
+    dtype = resolve_precision("auto", device)
     start, done = time.monotonic(), 0
     for epoch in range(config.epochs):
         order = torch.randperm(len(images), generator=generator)
@@ -77,7 +79,7 @@ def pretrain(images: Tensor, spec: EncoderSpec, config: SimclrConfig, seed: int,
                 colour_jitter(random_resized_crop(pixels, generator, (config.smallest_crop, 1.0)), generator)
                 for _ in range(2)
             ]
-            with torch.autocast(device.type, torch.bfloat16):
+            with autocast(device, dtype):
                 projected = projector(encoder(torch.cat(views))).float()
             first, second = projected.chunk(2)
             loss = config.loss_scale * nt_xent(first, second, config.temperature)
