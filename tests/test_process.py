@@ -86,7 +86,7 @@ def test_another_c_library_is_left_alone(monkeypatch, platform_name):
     process.prepare()
 
 
-@pytest.mark.parametrize("address", ["", "somewhere:6379"])
+@pytest.mark.parametrize("address", ["", "auto"])
 def test_every_worker_of_ray_starts_with_it(monkeypatch, address):
     seen: dict[str, str] = {}
 
