@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it, `__all__` and `_HO
     from sanitize.artifacts.head_folder import TrainedHead, load_head
     from sanitize.attacks.triggers import make_trigger
     from sanitize.commands.audit import AuditResult, audit
+    from sanitize.commands.check_encoder import EncoderCheck, check_encoder
     from sanitize.commands.clean import CleanResult, clean
     from sanitize.commands.finetune import FinetuneResult, finetune
     from sanitize.commands.fit import fit
@@ -30,6 +31,7 @@ __all__ = [
     "CleanResult",
     "DecreeConfig",
     "Detector",
+    "EncoderCheck",
     "EncoderSpec",
     "FinetuneConfig",
     "FinetuneResult",
@@ -44,6 +46,7 @@ __all__ = [
     "TrainedHead",
     "VerifyResult",
     "audit",
+    "check_encoder",
     "clean",
     "finetune",
     "fit",
@@ -66,6 +69,7 @@ _HOMES = {  # module → the names of the library that live there
     "commands.clean": ("clean", "CleanResult"),
     "commands.audit": ("audit", "AuditResult"),
     "commands.verify": ("verify", "VerifyResult"),
+    "commands.check_encoder": ("check_encoder", "EncoderCheck"),
     "commands.inspect": ("inspect", "Inspection"),
     "commands.poison": ("poison", "PoisonResult"),
     "kept_samples": ("KeptSamples", "keep_only"),

@@ -273,10 +273,11 @@ def inspect(
     """
     from sanitize.commands.inspect import inspect as run
     from sanitize.detectors.decree.config import DecreeConfig, recommended
+    from sanitize.stages.preprocessing import complete_spec
 
     check(bool(encoder), "no encoder given. Name its YAML file: sanitize inspect --encoder encoder.yaml --images aux/")
     check(bool(images), f"no images given. Name auxiliary shards: sanitize inspect --encoder {encoder} --images aux/")
-    spec = load_encoder_spec(encoder)
+    spec = complete_spec(load_encoder_spec(encoder))
     values = overlay(recommended(spec.image_size), parse_settings(settings))
     values = overlay(values, {key: value for key, value in options.items() if value is not None})
     config = from_mapping(DecreeConfig, values, "settings of inspect")
@@ -329,12 +330,35 @@ def poison(
     click.echo(f"{out}: {result.poisoned} of {result.samples} samples poisoned; truth in {result.truth}")
 
 
+@main.command("check-encoder")
+@click.argument("encoder")
+@click.argument("shards", nargs=-1)
+@click.option("--limit", default=64, show_default=True, help="How many images to embed")
+def check_encoder(encoder: str, shards: tuple[str, ...], limit: int) -> None:
+    """Embed a few images: size, norms, speed, neighbours, and what does not look right.
+
+    ENCODER is a YAML file; SHARDS hold images like yours, with classes (.cls) or captions if you have them.
+
+    \b
+    Example:  sanitize check-encoder encoder.yaml aux/
+    """
+    from sanitize.commands.check_encoder import check_encoder as run
+
+    click.echo(run(load_encoder_spec(encoder), shards, limit).text)
+
+
 @main.command()
-def init() -> None:
-    """Write sanitize.yaml and encoder.yaml with comments into this folder."""
+@click.option("--encoder", default="", help="hf:<folder>, torchvision:<name> or timm:<name>: fill in its own settings")
+@click.option("--weights", default="", help="Weights of a torchvision: or timm: encoder")
+def init(encoder: str, weights: str) -> None:
+    """Write sanitize.yaml and encoder.yaml with comments into this folder.
+
+    \b
+    Example:  sanitize init --encoder hf:clip-vit-base-patch32
+    """
     from sanitize.commands.init import init as run
 
-    for name in run():
+    for name in run(encoder, weights):
         click.echo(f"wrote {name}")
 
 
