@@ -21,8 +21,7 @@ from sanitize.errors import RefusedError
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 from sanitize.runtime import Resources
-from sanitize.stages.encoders import load_encoder, require_trainable
-from sanitize.stages.huggingface_folder import weight_files
+from sanitize.stages.encoders import load_encoder, require_trainable, weights_sha256
 from sanitize.stages.preprocessing import complete_spec
 from sanitize.stages.shards import head_tails, list_shards
 from sanitize.stages.text import load_text_encoder
@@ -114,15 +113,9 @@ def _identity(config: FinetuneConfig, fingerprint: str, sets: dict[str, list[Sha
     """What makes this run this run: settings, inputs, encoder; not where and on how many workers it happens."""
     placement = ("workers", "gpus_per_worker", "cpus_per_worker", "address", "out", "checkpoint_steps")
     settings = {key: value for key, value in to_mapping(config).items() if key not in placement}
-    both_towers = _weights_sha256(config.encoder) if config.mode == "contrastive" else ""
+    both_towers = weights_sha256(config.encoder) if config.mode == "contrastive" else ""
     inputs = {name: head_tails(shards) for name, shards in sets.items()}
     return settings | inputs | {"encoder": [fingerprint, both_towers]}
-
-
-def _weights_sha256(encoder: EncoderSpec) -> str:
-    if not encoder.architecture.startswith("hf:"):
-        return storage.file_sha256(encoder.weights)
-    return storage.json_sha256([storage.file_sha256(file) for file in weight_files(encoder.architecture[3:])])
 
 
 def _refuse_other_run(out: str, run: dict[str, Any]) -> None:

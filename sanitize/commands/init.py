@@ -6,6 +6,7 @@ import yaml
 
 from sanitize import storage
 from sanitize.config import EncoderSpec
+from sanitize.config_loading import to_mapping
 from sanitize.errors import StorageError
 
 TEMPLATE = """\
@@ -45,6 +46,16 @@ resize: squash              # squash shows the whole image; crop its central squ
 """
 
 
+SHOWN = (
+    "architecture",
+    "weights",
+    "image_size",
+    "mean",
+    "std",
+    "resize",
+)  # settings in an encoder.yaml that is filled in
+
+
 def init(encoder: str = "", weights: str = "") -> tuple[str, ...]:
     """Write both files into this folder; returns the names of those written. Raises StorageError when one is here already.
 
@@ -65,19 +76,16 @@ def _filled_in(architecture: str, weights: str) -> str:
     from sanitize.stages.huggingface_folder import TOKENIZER
     from sanitize.stages.preprocessing import complete_spec, own_preprocessing
 
-    family, _, folder = architecture.partition(":")
     spec = complete_spec(EncoderSpec(architecture, weights))
-    values: dict[str, object] = {"architecture": spec.architecture}
-    if family not in ("hf", "exported"):
-        values["weights"] = weights or "encoder.safetensors"
-    values |= {"image_size": spec.image_size, "mean": list(spec.mean), "std": list(spec.std), "resize": spec.resize}
-    lines = [
-        f"# {architecture}; image_size, mean and std from {own_preprocessing(spec.architecture).source}. To see that it works:",
-        "#   sanitize check-encoder encoder.yaml aux/",
-    ]
-    lines += [yaml.safe_dump({key: value}, default_flow_style=None).strip() for key, value in values.items()]
-    folder = spec.architecture.partition(":")[2]
-    if family == "hf" and storage.exists(storage.join(folder, TOKENIZER)):
-        lines += ["# captions are compared with their images, and can be trained on; without this line images only"]
-        lines += [f"tokenizer: {storage.join(folder, TOKENIZER)}"]
-    return "\n".join(lines) + "\n"
+    family, _, folder = spec.architecture.partition(":")
+    values = {name: value for name, value in to_mapping(spec).items() if name in SHOWN}
+    values["weights"] = weights or "encoder.safetensors"
+    if family in ("hf", "exported"):
+        del values["weights"]
+    source = own_preprocessing(spec.architecture).source
+    text = f"# {architecture}; image_size, mean and std: {source}. Does it work? sanitize check-encoder encoder.yaml aux/\n"
+    text += yaml.safe_dump(values, default_flow_style=None, sort_keys=False)
+    if family == "hf" and storage.exists(tokenizer := storage.join(folder, TOKENIZER)):
+        text += "# captions are compared with their images, and can be trained on; without this line: images only\n"
+        text += yaml.safe_dump({"tokenizer": tokenizer})
+    return text

@@ -18,6 +18,7 @@ from sanitize.errors import ConfigError
 from sanitize.stages import clip
 from sanitize.stages.exported import load_exported
 from sanitize.stages.huggingface import ImageTower, load_image_tower
+from sanitize.stages.huggingface_folder import local_folder, weight_files
 from sanitize.stages.precision import autocast
 from sanitize.stages.preprocessing import complete_spec, import_timm, own_preprocessing
 from sanitize.stages.torchvision_models import build_torchvision, published_names, require_position_size
@@ -167,6 +168,14 @@ def _require_image_size(backbone: nn.Module, spec: EncoderSpec) -> None:
         raise ConfigError(
             f"encoder {spec.architecture}: does not take images of {size} pixels ({why}). {hint} the encoder YAML."
         ) from None
+
+
+def weights_sha256(spec: EncoderSpec) -> str:
+    """Of the files that hold its weights, both towers of a CLIP; "" of an exported program."""
+    family, _, name = spec.architecture.partition(":")
+    if family == "hf":
+        return storage.json_sha256([storage.file_sha256(file) for file in weight_files(local_folder(name))])
+    return storage.file_sha256(spec.weights) if spec.weights else ""
 
 
 def build_backbone(spec: EncoderSpec) -> nn.Module:

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,59 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from sanitize.errors import CheckpointError, ConfigError
+from sanitize.stages.huggingface_families import CLASS_TOKEN, IMAGE_TOWERS, NO_POOLER, TEXT_TOWERS, Family
 from sanitize.stages.huggingface_folder import read_config, read_tensors
 
-CLASS_TOKEN = "class token"
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one kind of model becomes a tower.
-
-    model: class of transformers; output: its field that is the embedding, or the class token of its last hidden state
-    section: of config.json that describes the tower; whole: class of the model with both towers
-    prefixes: of the tower's tensors; none = all under the model's own prefix if it has one, else all but heads
-    """
-
-    model: str
-    output: str
-    section: str = ""
-    whole: str = ""
-    prefixes: tuple[str, ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-_NO_POOLER = {"add_pooling_layer": False}  # of a classifier's checkpoint it would be untrained
-IMAGE_TOWERS = {
-    "clip": Family(
-        "CLIPVisionModelWithProjection",
-        "image_embeds",
-        "vision_config",
-        "CLIPModel",
-        ("vision_model.", "visual_projection."),
-    ),
-    "clip_vision_model": Family(
-        "CLIPVisionModelWithProjection", "image_embeds", prefixes=("vision_model.", "visual_projection.")
-    ),
-    "siglip": Family("SiglipVisionModel", "pooler_output", "vision_config", "SiglipModel", ("vision_model.",)),
-    "siglip_vision_model": Family("SiglipVisionModel", "pooler_output"),
-    "dinov2": Family("Dinov2Model", "pooler_output"),
-    "dinov2_with_registers": Family("Dinov2WithRegistersModel", "pooler_output"),
-    "dinov3_vit": Family("DINOv3ViTModel", "pooler_output"),
-    "vit": Family("ViTModel", CLASS_TOKEN, options=_NO_POOLER),
-    "deit": Family("DeiTModel", CLASS_TOKEN, options=_NO_POOLER),
-    "swin": Family("SwinModel", "pooler_output"),
-    "convnext": Family("ConvNextModel", "pooler_output"),
-    "convnextv2": Family("ConvNextV2Model", "pooler_output"),
-    "resnet": Family("ResNetModel", "pooler_output"),
-    "regnet": Family("RegNetModel", "pooler_output"),
-}
-TEXT_TOWERS = {
-    "clip": Family(
-        "CLIPTextModelWithProjection", "text_embeds", "text_config", "CLIPModel", ("text_model.", "text_projection.")
-    ),
-    "siglip": Family("SiglipTextModel", "pooler_output", "text_config", "SiglipModel", ("text_model.",)),
-}
 _HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.")
 _COUNTED = ("position_ids", "num_batches_tracked", "relative_position_index")  # no weights: may be in a file or not
 _MAX_NUMBER = 1 << 20  # in config.json, but for the vocabulary
@@ -123,6 +72,8 @@ def load_image_tower(folder: str) -> ImageTower:
     family = _family(IMAGE_TOWERS, config, folder)
     tensors = _tower_tensors(folder, family)
     model = _build(config, family, tensors, folder)
+    if getattr(model.config, "vision_use_head", True) is False:
+        raise ConfigError(f"{folder}: this SigLIP has no pooling head (vision_use_head), so it gives no embedding.")
     for module in model.modules():  # DINOv2's, of pre-training: a parameter without a gradient would stop DDP
         if isinstance(token := module._parameters.get("mask_token"), nn.Parameter):
             del module._parameters["mask_token"]
@@ -230,7 +181,7 @@ def _without_head(tensors: dict[str, Tensor], model: Any, family: Family) -> dic
     prefix = f"{model.base_model_prefix}."
     if not hasattr(model, model.base_model_prefix) and any(name.startswith(prefix) for name in tensors):
         tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    heads = (*_HEADS, "pooler.") if family.options == _NO_POOLER else _HEADS
+    heads = (*_HEADS, "pooler.") if family.options == NO_POOLER else _HEADS
     return {name: t for name, t in tensors.items() if not name.startswith(heads)}
 
 
