@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers see; a test holds it, `__all__` and `_HOMES` equal
     from sanitize.artifacts.detector_folder import Detector
+    from sanitize.artifacts.encoder_folder import export_encoder
     from sanitize.artifacts.head_folder import TrainedHead, load_head
     from sanitize.attacks.triggers import make_trigger
     from sanitize.commands.audit import AuditResult, audit
@@ -48,6 +49,7 @@ __all__ = [
     "audit",
     "check_encoder",
     "clean",
+    "export_encoder",
     "finetune",
     "fit",
     "inspect",
@@ -76,6 +78,7 @@ _HOMES = {  # module → the names of the library that live there
     "config": ("EncoderSpec", "FinetuneConfig", "FitConfig", "ScanConfig", "ThresholdPolicy"),
     "config_loading": ("load_encoder_spec",),
     "artifacts.detector_folder": ("Detector",),
+    "artifacts.encoder_folder": ("export_encoder",),
     "artifacts.head_folder": ("TrainedHead", "load_head"),
     "detectors.decree.config": ("DecreeConfig",),
     "attacks.triggers": ("make_trigger",),

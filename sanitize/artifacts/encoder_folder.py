@@ -3,25 +3,30 @@
 An encoder that came as a Hugging Face folder becomes one again, `encoder/` beside encoder.yaml.
 """
 
+import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from sanitize import storage
 from sanitize.config import EncoderSpec
 from sanitize.config_loading import load_encoder_spec, to_mapping
+from sanitize.errors import ConfigError
 from sanitize.stages import huggingface
-from sanitize.stages.encoders import Encoder
+from sanitize.stages.encoders import Encoder, load_encoder
+from sanitize.stages.exported import traced
 from sanitize.stages.huggingface import ImageTower, TextTower
 from sanitize.stages.huggingface_folder import PREPROCESSING
 from sanitize.training.clip import Clip
 
 WEIGHTS, DESCRIPTION, TOKENIZER = "encoder.safetensors", "encoder.yaml", "tokenizer.json"
+EXPORTED = "encoder.pt2"
 HUGGING_FACE = "encoder"  # folder of a model that came as one
 
 
@@ -48,6 +53,36 @@ def save_clip(clip: Clip, folder: str) -> EncoderSpec:
     tensors = {f"visual.{name}": tensor for name, tensor in clip.image.backbone.state_dict().items()}
     tensors |= clip.text.tower.state_dict() | {"logit_scale": clip.logit_scale}
     return _write_weights(folder, tensors, spec, {"tokenizer": _copy_tokenizer(folder, spec)})
+
+
+def export_encoder(
+    module: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    resize: str = "squash",
+) -> EncoderSpec:
+    """Write any module, normalised images (B, 3, S, S) → embeddings (B, D), as encoder.pt2 and encoder.yaml; returns how to use it.
+
+    Traced by torch.export in eval mode, so that every worker and every later scan has this very encoder. Raises ConfigError when it
+    cannot be traced or does not give the same embeddings.
+    """
+    folder = os.fspath(folder)
+    images = torch.rand(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    architecture = f"exported:{storage.join(folder, EXPORTED)}"
+    spec = EncoderSpec(architecture, "", image_size, tuple(mean), tuple(std), resize)
+    data, expected = traced(module, images)
+    storage.write_bytes(storage.join(folder, EXPORTED), data)
+    with torch.inference_mode():
+        found = load_encoder(spec).backbone(images)
+    if found.shape != expected.shape or not torch.allclose(found, expected, atol=1e-4, rtol=1e-3):
+        raise ConfigError(
+            f"{type(module).__name__}: its exported program gives other embeddings than the module. Does forward depend on the batch, "
+            "on chance or on values of its input? Export it yourself, and check it: architecture exported:<file.pt2>."
+        )
+    return _describe(folder, spec, {"architecture": f"exported:{EXPORTED}"})
 
 
 def _copy_tokenizer(folder: str, spec: EncoderSpec, *below: str) -> str:

@@ -44,11 +44,15 @@ class Encoder(nn.Module):
         spec = complete_spec(spec)
         self.backbone = backbone
         self.spec = spec
+        exported = spec.architecture.startswith(
+            "exported:"
+        )  # traced with plain images; their views fit no other layout
+        self._layout = torch.contiguous_format if exported else torch.channels_last
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        normalised = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        normalised = ((images - self.mean) / self.std).contiguous(memory_format=self._layout)
         embeddings: Tensor = self.backbone(normalised)
         return embeddings.flatten(1).float()
 
