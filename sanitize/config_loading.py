@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import re
 import types
 import typing
@@ -48,8 +49,9 @@ def load_yaml(path: str) -> dict[str, Any]:
     return typing.cast(dict[str, Any], value)
 
 
-def load_encoder_spec(path: str) -> EncoderSpec:
+def load_encoder_spec(path: str | os.PathLike[str]) -> EncoderSpec:
     """Read an encoder YAML; relative weight files are looked for beside it."""
+    path = os.fspath(path)
     spec = from_mapping(EncoderSpec, load_yaml(path), path)
     folder = path.rsplit("/", 1)[0] if "/" in path else "."
 

@@ -147,6 +147,10 @@ def with_config(**changes):
     return lambda folder: change_json(folder / "config.json", **changes)
 
 
+def with_preprocessing(**changes):
+    return lambda folder: change_json(folder / "preprocessor_config.json", **changes)
+
+
 def with_bin_only(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -178,7 +182,11 @@ REFUSED = {
     "a bomb of width": (with_config(hidden_size=1 << 19), "describes .* weights, the files hold"),
     "a huge number": (with_config(hidden_size=1 << 40), "hidden_size is 1099511627776, more than"),
     "a bomb of depth": (with_config(num_hidden_layers=10**6), "num_hidden_layers is 1000000, more than 1000"),
+    "a long list": (with_config(patch_size=[1] * 2000), "patch_size is a list of more than 1000"),
     "odd type": (with_config(hidden_size="wide"), "config.json"),
+    "odd scale": (with_preprocessing(rescale_factor="a"), "rescale_factor 'a' is not a number above 0. Correct it"),
+    "odd mean": (with_preprocessing(image_mean="grey"), "image_mean and image_std are not three numbers each"),
+    "not square": (with_preprocessing(size={"height": 32, "width": 64}), "its images are not square"),
     "no mean": (without("preprocessor_config.json"), "does not say mean, std.*Copy that file"),
 }
 
@@ -195,10 +203,12 @@ def test_a_folder_that_cannot_be_used_says_why_and_what_to_do(copy, case):
     assert time.monotonic() - start < 10
 
 
-@pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation", "fusion_config", "_name_or_path"])
+@pytest.mark.parametrize(
+    "field", ["attn_implementation", "_attn_implementation", "fusion_config", "_name_or_path", "return_dict"]
+)
 def test_settings_that_name_code_or_files_are_not_looked_at(copy, folders, field):
     folder = copy("vit")
-    change_json(folder / "config.json", **{field: "somebody/kernel"})
+    change_json(folder / "config.json", **{field: False if field == "return_dict" else "somebody/kernel"})
     found = load_encoder(EncoderSpec(f"hf:{folder}"))(IMAGES / 255)
     torch.testing.assert_close(found, load_encoder(EncoderSpec(f"hf:{folders('vit')}"))(IMAGES / 255))
 

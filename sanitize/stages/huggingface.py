@@ -114,15 +114,14 @@ def save_both_towers(image: ImageTower, text: TextTower, logit_scale: Tensor, so
     sizes = {"projection_dim": int(image.model.config.projection_dim)} if family.whole == "CLIPModel" else {}
     with _quiet(transformers):
         whole = whole_class(whole_class.config_class(**towers, **sizes))
-        state = (
-            whole.state_dict() | read_tensors(source, lambda name: name == "logit_bias") | {"logit_scale": logit_scale}
-        )
-        for name in whole.state_dict():
-            part = text if name.startswith("text_") else image
-            inner = part.model.state_dict()
-            short = name.removeprefix("vision_model.").removeprefix("text_model.")
-            state[name] = inner.get(name, inner.get(short, state[name]))
-        whole.load_state_dict({name: tensor.reshape(whole.state_dict()[name].shape) for name, tensor in state.items()})
+        state = read_tensors(source, lambda name: name == "logit_bias") | {"logit_scale": logit_scale}
+        inner = {"image": image.model.state_dict(), "text": text.model.state_dict()}
+        for name in whole.state_dict().keys() - state.keys():
+            tower = inner["text" if name.startswith("text_") else "image"]
+            short = name.removeprefix("vision_model.").removeprefix("text_model.")  # SigLIP's towers have no such level
+            state[name] = tower[name] if name in tower else tower[short]
+        shapes = {name: tensor.shape for name, tensor in whole.state_dict().items()}
+        whole.load_state_dict({name: tensor.reshape(shapes[name]) for name, tensor in state.items()})
         whole.save_pretrained(folder)
 
 
@@ -158,22 +157,34 @@ def _build(config: Mapping[str, Any], family: Family, tensors: dict[str, Tensor]
         )
     if not family.prefixes:
         tensors = _without_head(tensors, empty, family)
-    with _quiet(transformers):
-        model, report = model_class.from_pretrained(
-            None,
-            config=settings,
-            state_dict=tensors,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report, and refused below
-            local_files_only=True,
-            attn_implementation="sdpa" if model_class._supports_sdpa else "eager",
-            **family.options,
-        )
-    _require_whole(report, folder, family)
+    model = _filled(transformers, model_class, settings, tensors, family, folder)
     if not all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point()):
         raise CheckpointError(f"{folder}: contains NaN or infinite weights. Download or train it again.")
     return model.eval().requires_grad_(False)
+
+
+def _filled(
+    transformers: Any, model_class: Any, settings: Any, tensors: dict[str, Tensor], family: Family, folder: str
+) -> Any:
+    try:
+        with _quiet(transformers):
+            model, report = model_class.from_pretrained(
+                None,
+                config=settings,
+                state_dict=tensors,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report, and refused below
+                local_files_only=True,
+                attn_implementation="sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager",
+                **family.options,
+            )
+    except Exception as error:  # whatever transformers makes of odd tensors
+        raise CheckpointError(
+            f"{folder}: the weights cannot be put into {family.model} ({_first_line(error)}). Download the folder again."
+        ) from None
+    _require_whole(report, folder, family)
+    return model
 
 
 def _without_head(tensors: dict[str, Tensor], model: Any, family: Family) -> dict[str, Tensor]:
@@ -194,6 +205,8 @@ def _settings(config: Mapping[str, Any], family: Family, model_class: Any, folde
         values = values | {"projection_dim": config["projection_dim"]}
     known = model_class.config_class().to_dict()
     values = {name: value for name, value in values.items() if name in known and name not in _NOT_SHAPES}
+    if long := [name for name, value in values.items() if isinstance(value, list) and len(value) > 1000]:
+        raise CheckpointError(f"{folder}: config.json: {long[0]} is a list of more than 1000.")
     for name, number in _numbers(values):
         if abs(number) > _MAX_NUMBER and name != "vocab_size":
             raise CheckpointError(f"{folder}: config.json: {name} is {number}, more than {_MAX_NUMBER}.")
@@ -205,7 +218,10 @@ def _settings(config: Mapping[str, Any], family: Family, model_class: Any, folde
         raise CheckpointError(f"{folder}: config.json cannot be used ({_first_line(error)}).") from None
 
 
-_NOT_SHAPES = ("dtype", "torch_dtype", "transformers_version", "architectures", "id2label", "label2id")
+_NOT_SHAPES = (
+    *("dtype", "torch_dtype", "transformers_version", "architectures", "id2label", "label2id", "_name_or_path"),
+    *("return_dict", "output_attentions", "output_hidden_states"),
+)
 
 
 def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -233,7 +249,7 @@ def _require_whole(report: Mapping[str, Any], folder: str, family: Family) -> No
 
 def _identity(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """Neither where the folder lies, nor what wrote it, nor the text tower is part of what is scored."""
-    ignored = {"_name_or_path", "text_config", "logit_scale_init_value", *_NOT_SHAPES}
+    ignored = {"text_config", "logit_scale_init_value", *_NOT_SHAPES}
     plain = {name: value for name, value in config.items() if name not in ignored}
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):

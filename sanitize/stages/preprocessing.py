@@ -65,7 +65,9 @@ def own_preprocessing(architecture: str) -> Preprocessing:
 def _of_huggingface(folder: str) -> Preprocessing:
     config = read_config(folder)
     values, source = read_preprocessing(folder)
-    size = _size(values, folder) or _size({"size": config.get("vision_config", config).get("image_size")}, folder)
+    section = config.get("vision_config")
+    model = section if isinstance(section, dict) else config
+    size = _size(values, folder) or _size({"size": model.get("image_size")}, folder)
     if not values:
         return Preprocessing(size, (), (), "config.json")
     mean, std = values.get("image_mean", IMAGENET_MEAN), values.get("image_std", IMAGENET_STD)
@@ -73,8 +75,10 @@ def _of_huggingface(folder: str) -> Preprocessing:
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     if not all(isinstance(v, list | tuple) and all(isinstance(x, int | float) for x in v) for v in (mean, std)):
         raise ConfigError(f"{folder}/{source}: image_mean and image_std are not three numbers each. Correct them.")
-    # pixels arrive in [0, 1]; the model expects 255 * rescale_factor times that
-    factor = 255.0 * float(values.get("rescale_factor", 1 / 255)) if values.get("do_rescale", True) else 255.0
+    scale = values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1
+    if not isinstance(scale, int | float) or not 0 < scale < 1e6:
+        raise ConfigError(f"{folder}/{source}: rescale_factor {str(scale)[:40]!r} is not a number above 0. Correct it.")
+    factor = 255.0 * scale  # pixels arrive in [0, 1]; the model expects so many times that
     return Preprocessing(size, tuple(m / factor for m in mean), tuple(s / factor for s in std), source)
 
 
