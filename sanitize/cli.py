@@ -4,9 +4,7 @@ Exit codes: 0 done; 1 finished, but some shards failed or are damaged; 2 usage o
 130 interrupted (Ctrl-C), 143 terminated (SIGTERM): what is finished is kept.
 """
 
-import contextlib
 import logging
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import click
 
 from sanitize import __version__
+from sanitize.cli_errors import Command
 from sanitize.cli_options import (
     build_config,
     common_options,
@@ -24,31 +23,7 @@ from sanitize.cli_options import (
 )
 from sanitize.config import FinetuneConfig, FitConfig, ScanConfig, ThresholdPolicy, check, preset
 from sanitize.config_loading import from_mapping, load_encoder_spec, overlay
-from sanitize.errors import ConfigError, SanitizeError
-
-
-class Command(click.Group):
-    """Turns our errors into one line on stderr and an exit code."""
-
-    def invoke(self, context: click.Context) -> Any:
-        word, code = "interrupted", 130
-
-        def terminate(*_: object) -> None:
-            """SIGTERM, which a scheduler sends before it takes the machine away, ends a command as Ctrl-C does."""
-            nonlocal word, code
-            word, code = "terminated", 143
-            raise KeyboardInterrupt
-
-        with contextlib.suppress(ValueError):  # not the main thread: somebody else's process, whose signals stay
-            signal.signal(signal.SIGTERM, terminate)
-        try:
-            return super().invoke(context)
-        except SanitizeError as error:
-            click.echo(f"error: {error}", err=True)
-            context.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo(f"{word}; run the same command again to go on.", err=True)
-            context.exit(code)
+from sanitize.errors import ConfigError
 
 
 @click.group(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})

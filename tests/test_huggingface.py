@@ -78,7 +78,7 @@ def test_embeddings_are_the_librarys_own(folders, kind):
 
 def test_size_mean_and_std_are_the_folders_own_unless_the_yaml_says_otherwise(folders, tmp_path, caplog):
     folder = folders("dinov2")
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "sanitize")
     spec = load_encoder(EncoderSpec(f"hf:{folder}")).spec
     assert spec.image_size == SIDE
     assert [*spec.mean, *spec.std] == pytest.approx([*MEAN, *STD])
