@@ -29,7 +29,7 @@ from sanitize.commands.fit import fit
 from sanitize.commands.scan import ScanResult, scan
 from sanitize.config import EncoderSpec, FinetuneConfig, FitConfig, ScanConfig, check
 from sanitize.config_loading import from_mapping, load_encoder_spec, load_yaml, overlay, to_mapping
-from sanitize.stages.encoders import embed_in_batches, load_encoder
+from sanitize.stages.encoders import embed_in_batches, load_encoder, weights_sha256
 from sanitize.stages.shard_reader import ShardReader
 from sanitize.stages.shards import end_archive, list_shards
 
@@ -156,8 +156,7 @@ def _suspect(config: PipelineConfig, trained: FinetuneResult | None) -> EncoderS
 
 def _encoder_identity(spec: EncoderSpec) -> list[Any]:
     """Settings and weights; where the files lie does not matter."""
-    weights = storage.file_sha256(spec.weights) if spec.weights else ""
-    return [{k: v for k, v in to_mapping(spec).items() if k not in ("weights", "tokenizer")}, weights]
+    return [{k: v for k, v in to_mapping(spec).items() if k not in ("weights", "tokenizer")}, weights_sha256(spec)]
 
 
 def _fit(config: PipelineConfig, encoder: EncoderSpec) -> str:

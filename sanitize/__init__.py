@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers see; a test holds it, `__all__` and `_HOMES` equal
     from sanitize.artifacts.detector_folder import Detector
+    from sanitize.artifacts.encoder_folder import export_encoder
     from sanitize.artifacts.head_folder import TrainedHead, load_head
     from sanitize.attacks.triggers import make_trigger
     from sanitize.commands.audit import AuditResult, audit
+    from sanitize.commands.check_encoder import EncoderCheck, check_encoder
     from sanitize.commands.clean import CleanResult, clean
     from sanitize.commands.finetune import FinetuneResult, finetune
     from sanitize.commands.fit import fit
@@ -30,6 +32,7 @@ __all__ = [
     "CleanResult",
     "DecreeConfig",
     "Detector",
+    "EncoderCheck",
     "EncoderSpec",
     "FinetuneConfig",
     "FinetuneResult",
@@ -44,7 +47,9 @@ __all__ = [
     "TrainedHead",
     "VerifyResult",
     "audit",
+    "check_encoder",
     "clean",
+    "export_encoder",
     "finetune",
     "fit",
     "inspect",
@@ -66,12 +71,14 @@ _HOMES = {  # module → the names of the library that live there
     "commands.clean": ("clean", "CleanResult"),
     "commands.audit": ("audit", "AuditResult"),
     "commands.verify": ("verify", "VerifyResult"),
+    "commands.check_encoder": ("check_encoder", "EncoderCheck"),
     "commands.inspect": ("inspect", "Inspection"),
     "commands.poison": ("poison", "PoisonResult"),
     "kept_samples": ("KeptSamples", "keep_only"),
     "config": ("EncoderSpec", "FinetuneConfig", "FitConfig", "ScanConfig", "ThresholdPolicy"),
     "config_loading": ("load_encoder_spec",),
     "artifacts.detector_folder": ("Detector",),
+    "artifacts.encoder_folder": ("export_encoder",),
     "artifacts.head_folder": ("TrainedHead", "load_head"),
     "detectors.decree.config": ("DecreeConfig",),
     "attacks.triggers": ("make_trigger",),

@@ -1,4 +1,4 @@
-"""Commands around the main job: inspect, poison, init."""
+"""Commands around the main job: inspect, poison, check-encoder, init."""
 
 from typing import Any
 
@@ -40,10 +40,11 @@ def inspect(
     """
     from sanitize.commands.inspect import inspect as run
     from sanitize.detectors.decree.config import DecreeConfig, recommended
+    from sanitize.stages.preprocessing import complete_spec
 
     check(bool(encoder), "no encoder given. Name its YAML file: sanitize inspect --encoder encoder.yaml --images aux/")
     check(bool(images), f"no images given. Name auxiliary shards: sanitize inspect --encoder {encoder} --images aux/")
-    spec = load_encoder_spec(encoder)
+    spec = complete_spec(load_encoder_spec(encoder))
     values = overlay(recommended(spec.image_size), parse_settings(settings))
     values = overlay(values, {key: value for key, value in options.items() if value is not None})
     config = from_mapping(DecreeConfig, values, "settings of inspect")
@@ -93,10 +94,34 @@ def poison(
     tell(result, f"{out}: {result.poisoned} of {result.samples} samples poisoned; truth in {result.truth}")
 
 
+@click.command("check-encoder")
+@click.argument("encoder")
+@click.argument("shards", nargs=-1)
+@click.option("--limit", default=64, show_default=True, help="How many images to embed")
+def check_encoder(encoder: str, shards: tuple[str, ...], limit: int) -> None:
+    """Embed a few images: size, norms, speed, neighbours, and what does not look right.
+
+    ENCODER is a YAML file; SHARDS hold images like yours, with classes (.cls) or captions if you have them.
+
+    \b
+    Example:  sanitize check-encoder encoder.yaml aux/
+    """
+    from sanitize.commands.check_encoder import check_encoder as run
+
+    result = run(load_encoder_spec(encoder), shards, limit)
+    tell(result, result.text)
+
+
 @click.command()
-def init() -> None:
-    """Write sanitize.yaml and encoder.yaml with comments into this folder."""
+@click.option("--encoder", default="", help="hf:<folder>, torchvision:<name> or timm:<name>: fill in its own settings")
+@click.option("--weights", default="", help="Weights of a torchvision: or timm: encoder")
+def init(encoder: str, weights: str) -> None:
+    """Write sanitize.yaml and encoder.yaml with comments into this folder.
+
+    \b
+    Example:  sanitize init --encoder hf:clip-vit-base-patch32
+    """
     from sanitize.commands.init import init as run
 
-    names = run()
+    names = run(encoder, weights)
     tell({"wrote": names}, *(f"wrote {name}" for name in names))

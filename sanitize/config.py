@@ -17,9 +17,11 @@ class EncoderSpec:
     """The encoder under test, as its YAML file describes it.
 
     architecture: resnet10 | resnet18 | resnet34 | resnet50 (ImageNet stem), the same with "-cifar" (3x3 stem, no max-pool),
-                  clip (OpenAI or open_clip file, shapes inferred), timm:<name>, or exported:<file.pt2>
-    weights:      safetensors or a weights-only PyTorch file; not used by exported:
-    image_size:   side of the square input in pixels; mean, std: per channel, for pixels in [0, 1]
+                  clip (OpenAI or open_clip file, shapes inferred), hf:<Hugging Face folder or hub name>, timm:<name>,
+                  torchvision:<name>, or exported:<file.pt2>
+    weights:      safetensors or a weights-only PyTorch file; not used by hf: and exported:
+    image_size:   side of the square input in pixels; mean, std: per channel, for pixels in [0, 1]. Left out, they come from the
+                  model's own config, if it has one (stages/preprocessing.py), else: 224 pixels and ImageNet's
     resize:       "squash" shows the whole image, "crop" its central square
     quick_gelu:   of CLIP's transformers: true for OpenAI's weights, false for most of open_clip's
     tokenizer:    of a CLIP whose captions are to be compared with the images: a tokenizer.json, or open_clip (its vocabulary)
@@ -28,9 +30,9 @@ class EncoderSpec:
 
     architecture: str
     weights: str = ""
-    image_size: int = 224
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    image_size: int = 0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     resize: str = "squash"
     quick_gelu: bool = True
     tokenizer: str = ""
@@ -38,16 +40,17 @@ class EncoderSpec:
     stem_stride: int = 1
 
     def __post_init__(self) -> None:
-        check(1 <= self.image_size <= 4096, f"image_size: {self.image_size} is not between 1 and 4096 pixels.")
+        check(0 <= self.image_size <= 4096, f"image_size: {self.image_size} is not between 1 and 4096 pixels.")
         check(self.resize in ("squash", "crop"), f"resize: {self.resize!r} is not 'squash' or 'crop'.")
         check(
-            len(self.mean) == 3 and len(self.std) == 3, "mean and std: give three numbers each, for red, green, blue."
+            len(self.mean) in (0, 3) and len(self.std) in (0, 3),
+            "mean and std: give three numbers each, for red, green, blue.",
         )
-        check(min(self.std) > 0, "std: every value must be above 0.")
+        check(min(self.std, default=1) > 0, "std: every value must be above 0.")
         check(self.width >= 1 and self.stem_stride in (1, 2), "width must be at least 1, stem_stride 1 or 2.")
         check(
-            not self.tokenizer or self.architecture == "clip",
-            f"tokenizer: only architecture clip has a text tower to use it with, not {self.architecture}.",
+            not self.tokenizer or self.architecture == "clip" or self.architecture.startswith("hf:"),
+            f"tokenizer: only architectures clip and hf: have a text tower to use it with, not {self.architecture}.",
         )
 
 
@@ -306,7 +309,8 @@ class FinetuneConfig:
         )
         check(
             self.mode != "contrastive" or bool(self.encoder.tokenizer),
-            "mode contrastive: the encoder has no text tower. It needs architecture clip and a `tokenizer` in its YAML.",
+            "mode contrastive: the encoder has no text tower. It needs architecture clip or hf:<CLIP or SigLIP> and a `tokenizer` in its "
+            "YAML.",
         )
         check_precision(self.precision)
 

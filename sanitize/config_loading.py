@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import os
 import re
 import types
 import typing
@@ -49,8 +50,9 @@ def load_yaml(path: str) -> dict[str, Any]:
     return typing.cast(dict[str, Any], value)
 
 
-def load_encoder_spec(path: str) -> EncoderSpec:
+def load_encoder_spec(path: str | os.PathLike[str]) -> EncoderSpec:
     """Read an encoder YAML; relative weight files are looked for beside it."""
+    path = os.fspath(path)
     spec = from_mapping(EncoderSpec, load_yaml(path), path)
     folder = path.rsplit("/", 1)[0] if "/" in path else "."
 
@@ -59,19 +61,25 @@ def load_encoder_spec(path: str) -> EncoderSpec:
             return name
         return storage.absolute(storage.join(folder, name)) if storage.is_local(path) else storage.join(folder, name)
 
+    family, _, name = spec.architecture.partition(":")
     architecture = spec.architecture
-    if architecture.startswith("exported:"):
-        architecture = "exported:" + beside(architecture.removeprefix("exported:"))
+    if family == "exported" or (family == "hf" and (name.count("/") != 1 or storage.exists(beside(name)))):
+        architecture = f"{family}:{beside(name)}"  # else a name of the hub, owner/model
     tokenizer = spec.tokenizer if spec.tokenizer == "open_clip" else beside(spec.tokenizer)
     return dataclasses.replace(spec, architecture=architecture, weights=beside(spec.weights), tokenizer=tokenizer)
 
 
 def with_absolute_paths(spec: EncoderSpec) -> EncoderSpec:
     """With absolute paths: a worker or a later command may start in another folder."""
-    tokenizer = spec.tokenizer if spec.tokenizer in ("", "open_clip") else storage.absolute(spec.tokenizer)
-    return dataclasses.replace(
-        spec, weights=storage.absolute(spec.weights) if spec.weights else "", tokenizer=tokenizer
+    family, _, name = spec.architecture.partition(":")
+    changes: dict[str, Any] = (
+        {"architecture": f"hf:{storage.absolute(name)}"} if family == "hf" and storage.exists(name) else {}
     )
+    if spec.tokenizer not in ("", "open_clip"):
+        changes["tokenizer"] = storage.absolute(spec.tokenizer)
+    if spec.weights:
+        changes["weights"] = storage.absolute(spec.weights)
+    return dataclasses.replace(spec, **changes)
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:

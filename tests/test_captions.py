@@ -182,7 +182,7 @@ def test_an_encoder_without_text_tower_cannot_compare_captions(shards, scan_conf
 
 
 def test_only_a_clip_can_have_a_tokenizer():
-    with pytest.raises(ConfigError, match="only architecture clip has a text tower"):
+    with pytest.raises(ConfigError, match="only architectures clip and hf: have a text tower"):
         EncoderSpec("resnet18", tokenizer="tokenizer.json")
 
 

@@ -7,6 +7,7 @@ import safetensors.torch
 import torch
 from builders import SPEC, write_encoder, write_shards
 
+from sanitize.artifacts.encoder_folder import export_encoder
 from sanitize.commands.finetune import finetune
 from sanitize.config import EncoderSpec, FinetuneConfig
 from sanitize.config_loading import load_encoder_spec
@@ -62,6 +63,30 @@ def test_other_preprocessing_is_another_fingerprint(encoder_spec, change):
         load_encoder(encoder_spec).fingerprint()
         != load_encoder(dataclasses.replace(encoder_spec, **change)).fingerprint()
     )
+
+
+@pytest.mark.parametrize(
+    ("spec", "fingerprint"),
+    [
+        (
+            EncoderSpec("resnet10-cifar", "", 16, width=2),
+            "ddc99b693da82e8308ef6dc8e8ba8d28f7c4c6b7d1450219e1d904a2757d2f1d",
+        ),
+        (EncoderSpec("resnet18"), "44b61fd6fa418770289ca43acf5e91a21a0d67f7256007289cf436785f923529"),
+        (
+            EncoderSpec("timm:resnet10t", "", 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            "8b190f8818405f09fac18d8e86ada808143487e54410b8a8d93944d4d29d0e7a",
+        ),
+    ],
+)
+def test_fingerprints_are_those_of_version_0_1_0(tmp_path, spec, fingerprint):
+    """Detectors that were fitted before stay valid. All weights are zero here."""
+    if spec.architecture.startswith("timm:"):
+        pytest.importorskip("timm", reason="timm is not installed: pip install 'sanitize[timm]'")
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in build_backbone(spec).state_dict().items()}
+    safetensors.torch.save_file(zeros, tmp_path / "zeros.safetensors")
+    spec = dataclasses.replace(spec, weights=str(tmp_path / "zeros.safetensors"))
+    assert load_encoder(spec).fingerprint() == fingerprint
 
 
 def test_the_encoder_is_frozen_and_in_eval_mode(encoder_spec):
@@ -216,3 +241,47 @@ def test_a_file_that_is_no_archive_says_how_to_write_one(tmp_path):
         CheckpointError, match=r"cannot be loaded as a torch.export archive .* Write it with torch.export.save"
     ):
         load_encoder(exported_spec(tmp_path / "e.pt2"))
+
+
+# ---------------------------------------------------------------- a module of one's own
+
+
+class TakesItems(torch.nn.Module):
+    def forward(self, images):
+        return images.flatten(1)[:, :4] if images.sum().item() > 0 else images.flatten(1)[:, :4] * 2
+
+
+class GivesPairs(torch.nn.Module):
+    def forward(self, images):
+        return images.flatten(1), images
+
+
+def test_any_module_becomes_an_encoder(tmp_path):
+    torch.manual_seed(3)
+    convolution = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4, 4), torch.nn.BatchNorm2d(8), torch.nn.Flatten())
+    module = torch.nn.Sequential(convolution, torch.nn.Dropout(0.5), torch.nn.Linear(128, 10)).train()
+    spec = export_encoder(module, tmp_path / "own", image_size=16, mean=SPEC.mean, std=SPEC.std)
+    assert module.training  # as it was
+    encoder = load_encoder(spec)
+    with torch.inference_mode():
+        normalised = (IMAGES - encoder.mean) / encoder.std
+        torch.testing.assert_close(encoder(IMAGES), module.eval()(normalised))
+        assert encoder(IMAGES[:1]).shape == (1, 10)
+    assert spec == load_encoder_spec(str(tmp_path / "own" / "encoder.yaml"))
+    other = export_encoder(module, tmp_path / "other", image_size=16, mean=(0, 0, 0), std=SPEC.std)
+    assert load_encoder(other).fingerprint() != encoder.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (TakesItems(), r"TakesItems: cannot be exported \(.*use tensor operations alone"),
+        (GivesPairs(), r"GivesPairs: gives tuple, embeddings \(B, D\) were expected. Wrap it"),
+        (torch.nn.ReLU(), r"ReLU: gives a tensor of shape \(3, 3, 16, 16\), embeddings"),
+        (torch.nn.Linear(5, 2), r"Linear: cannot be exported \(.*must take images \(B, 3, S, S\)"),
+    ],
+)
+def test_a_module_that_cannot_be_one_says_why(tmp_path, module, words):
+    with pytest.raises(ConfigError, match=words):
+        export_encoder(module, tmp_path / "own", image_size=16, mean=SPEC.mean, std=SPEC.std)
+    assert not (tmp_path / "own").exists()

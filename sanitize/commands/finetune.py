@@ -21,7 +21,8 @@ from sanitize.errors import RefusedError
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 from sanitize.runtime import Resources
-from sanitize.stages.encoders import load_encoder, require_trainable
+from sanitize.stages.encoders import load_encoder, require_trainable, weights_sha256
+from sanitize.stages.preprocessing import complete_spec
 from sanitize.stages.shards import head_tails, list_shards
 from sanitize.stages.text import load_text_encoder
 from sanitize.training.clip import Clip, class_embeddings, load_clip
@@ -77,7 +78,7 @@ class Course:
 def finetune(config: FinetuneConfig) -> FinetuneResult:
     """Train on the shards, measure on the validation shards, write `config.out`. After a kill the same call goes on."""
     sets = {name: list_shards(getattr(config, name)) for name in INPUTS}
-    config = dataclasses.replace(config, encoder=with_absolute_paths(config.encoder))
+    config = dataclasses.replace(config, encoder=with_absolute_paths(complete_spec(config.encoder)))
     encoder = load_encoder(config.encoder)
     fingerprint = encoder.fingerprint()
     if config.mode == "full":
@@ -112,7 +113,7 @@ def _identity(config: FinetuneConfig, fingerprint: str, sets: dict[str, list[Sha
     """What makes this run this run: settings, inputs, encoder; not where and on how many workers it happens."""
     placement = ("workers", "gpus_per_worker", "cpus_per_worker", "address", "out", "checkpoint_steps")
     settings = {key: value for key, value in to_mapping(config).items() if key not in placement}
-    both_towers = storage.file_sha256(config.encoder.weights) if config.mode == "contrastive" else ""
+    both_towers = weights_sha256(config.encoder) if config.mode == "contrastive" else ""
     inputs = {name: head_tails(shards) for name, shards in sets.items()}
     return settings | inputs | {"encoder": [fingerprint, both_towers]}
 

@@ -3,6 +3,7 @@
 embed (once per image, cached by shard) → split off calibration images → train the decoder → references → calibrate.
 """
 
+import dataclasses
 import logging
 import math
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from sanitize.runtime import Resources
 from sanitize.stages.clean_reference import CleanReference, fit_clean_reference
 from sanitize.stages.decoder import Decoder
 from sanitize.stages.encoders import Encoder, load_encoder
+from sanitize.stages.preprocessing import complete_spec
 from sanitize.stages.scoring import Floats, References, Scorer
 from sanitize.stages.shards import head_tails, list_shards
 from sanitize.training.calibration import StatisticsTask, measure_statistics, rows_of
@@ -45,6 +47,7 @@ PLACEMENT = ("workers", "gpus_per_worker", "cpus_per_worker", "address", "out", 
 def fit(config: FitConfig) -> Detector:
     """Train and calibrate a detector; write it to `config.out`. Running again after a kill goes on where it stopped."""
     shards = list_shards(config.shards)
+    config = dataclasses.replace(config, encoder=complete_spec(config.encoder))
     encoder = load_encoder(config.encoder)
     fingerprint = encoder.fingerprint()
     with folder_lock(config.out, "fit"):

@@ -26,6 +26,7 @@ from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 from sanitize.stages.encoders import load_encoder
 from sanitize.stages.images import decode_sample, to_batch
+from sanitize.stages.preprocessing import complete_spec
 from sanitize.stages.shard_reader import ShardReader
 from sanitize.stages.shards import list_shards, open_shard
 
@@ -59,6 +60,7 @@ def inspect(
 
     patterns: shards of auxiliary images. peers: clean encoders of the same architecture, none or at least three.
     """
+    encoder, *peers = (complete_spec(spec) for spec in (encoder, *peers))
     fingerprints = _fingerprints(encoder, peers)
     shards = list_shards(patterns)
     pool = _pool(shards, encoder, config.pool)

@@ -145,7 +145,7 @@ def _caption_member(config: ScanConfig, spec: EncoderSpec) -> str:
     check(
         bool(spec.tokenizer) or not config.caption_member,
         f"caption_member: {config.caption_member}, but the encoder names no text tower to compare captions with. Add "
-        "`tokenizer: <tokenizer.json>` to its YAML (architecture clip).",
+        "`tokenizer: <tokenizer.json>` to its YAML (architecture clip or hf:<folder>).",
     )
     if not spec.tokenizer:
         return ""

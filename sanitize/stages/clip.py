@@ -173,6 +173,10 @@ class TextTransformer(nn.Module):
     def context(self) -> int:
         return len(self.positional_embedding)
 
+    @property
+    def vocabulary(self) -> int:
+        return self.token_embedding.num_embeddings
+
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.token_embedding(tokens) + self.positional_embedding
         for block in self.transformer["resblocks"].children():

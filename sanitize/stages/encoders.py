@@ -1,20 +1,12 @@
-"""The encoder under test: described by an EncoderSpec, frozen, in eval mode; it owns its normalisation.
-
-Weights come from safetensors or from PyTorch files that load with `weights_only=True`; nothing in a checkpoint runs.
-"""
+"""The encoder under test: described by an EncoderSpec, frozen, in eval mode; it owns its normalisation."""
 
 import dataclasses
 import hashlib
 import itertools
 import json
-import pickle
-import re
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -22,10 +14,15 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from sanitize import storage
 from sanitize.config import EncoderSpec
-from sanitize.errors import CheckpointError, ConfigError
+from sanitize.errors import ConfigError
 from sanitize.stages import clip
 from sanitize.stages.exported import load_exported
+from sanitize.stages.huggingface import ImageTower, load_image_tower
+from sanitize.stages.huggingface_folder import local_folder, weight_files
 from sanitize.stages.precision import autocast
+from sanitize.stages.preprocessing import complete_spec, import_timm, own_preprocessing
+from sanitize.stages.torchvision_models import build_torchvision, published_names, require_position_size
+from sanitize.stages.weights import encoder_tensors, load_strictly, read_weights
 
 _RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet10": (BasicBlock, [1, 1, 1, 1]),
@@ -33,9 +30,7 @@ _RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet34": (BasicBlock, [3, 4, 6, 3]),
     "resnet50": (Bottleneck, [3, 4, 6, 3]),
 }
-# SimCLR wrapper of BadEncoder and DRUPE: position in its nn.Sequential → torchvision's name
-_SEQUENTIAL = {"0": "conv1", "1": "bn1", "3": "layer1", "4": "layer2", "5": "layer3", "6": "layer4"}
-_HEADS = ("g.", "fc.", "proj_head.", "projector", "predictor", "backbone_k.", "encoder_q.", "encoder_k.")
+OTHERS = ("clip", "timm:<name>", "torchvision:<name>", "hf:<folder>", "exported:<file.pt2>")
 
 
 class Encoder(nn.Module):
@@ -46,13 +41,18 @@ class Encoder(nn.Module):
 
     def __init__(self, backbone: nn.Module, spec: EncoderSpec) -> None:
         super().__init__()
+        spec = complete_spec(spec)
         self.backbone = backbone
         self.spec = spec
+        exported = spec.architecture.startswith(
+            "exported:"
+        )  # traced with plain images; their views fit no other layout
+        self._layout = torch.contiguous_format if exported else torch.channels_last
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        normalised = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        normalised = ((images - self.mean) / self.std).contiguous(memory_format=self._layout)
         embeddings: Tensor = self.backbone(normalised)
         return embeddings.flatten(1).float()
 
@@ -63,10 +63,14 @@ class Encoder(nn.Module):
         if self.spec.architecture.startswith("exported:"):
             preprocessing = dataclasses.replace(preprocessing, architecture="exported")
             digest.update(storage.file_sha256(self.spec.architecture.removeprefix("exported:")).encode())
+        if isinstance(self.backbone, ImageTower):
+            preprocessing = dataclasses.replace(preprocessing, architecture="hf:")
+            digest.update(self.backbone.identity.encode())
         settings = dataclasses.asdict(preprocessing)
         del settings["tokenizer"]  # the text tower is not part of what is scored
         digest.update(json.dumps(settings, sort_keys=True).encode())
-        for name, tensor in sorted(self.backbone.state_dict().items()):
+        weights = {} if isinstance(self.backbone, ImageTower) else self.backbone.state_dict()
+        for name, tensor in sorted(weights.items()):
             digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
@@ -111,21 +115,37 @@ def require_trainable(encoder: Encoder) -> None:
 
 def load_encoder(spec: EncoderSpec) -> Encoder:
     """Build the encoder, load its weights strictly, freeze it. Raises CheckpointError or ConfigError."""
-    if spec.architecture.startswith("exported:"):
-        backbone = load_exported(spec.architecture.removeprefix("exported:"))
+    spec = complete_spec(spec)
+    family, _, name = spec.architecture.partition(":")
+    if family in ("exported", "hf"):
+        backbone = load_exported(name) if family == "exported" else _load_huggingface(name, spec)
     elif not spec.weights:
         raise ConfigError(f"encoder {spec.architecture}: no weights. Add `weights: <file>` to the encoder YAML.")
     elif spec.architecture == "clip":
         backbone = _load_clip(spec)
     else:
+        tensors = read_weights(spec.weights)
+        if family == "torchvision":
+            tensors = published_names(tensors)
+            require_position_size(tensors, spec)
         backbone = build_backbone(spec)
-        load_strictly(backbone, encoder_tensors(read_weights(spec.weights)), spec)
+        load_strictly(backbone, encoder_tensors(tensors, backbone.state_dict()), spec)
     backbone.requires_grad_(False)
-    if not spec.architecture.startswith("exported:"):
+    if family != "exported":
         backbone.eval().to(memory_format=torch.channels_last)
+    if family in ("hf", "timm", "torchvision"):
+        _require_image_size(backbone, spec)
     encoder = Encoder(backbone, spec)
     encoder.training = False
     return encoder
+
+
+def _load_huggingface(folder: str, spec: EncoderSpec) -> nn.Module:
+    if spec.weights:
+        raise ConfigError(
+            f"encoder {spec.architecture}: `weights: {spec.weights}` is not used, they are in the folder. Remove it."
+        )
+    return load_image_tower(folder)
 
 
 def _load_clip(spec: EncoderSpec) -> nn.Module:
@@ -139,13 +159,40 @@ def _load_clip(spec: EncoderSpec) -> nn.Module:
     return backbone
 
 
+@torch.inference_mode()
+def _require_image_size(backbone: nn.Module, spec: EncoderSpec) -> None:
+    """Raises ConfigError when the model does not take images of that size, which it says by whatever error."""
+    size = spec.image_size
+    try:
+        backbone(torch.zeros(1, 3, size, size))
+    except (AssertionError, ValueError, RuntimeError) as error:
+        own = own_preprocessing(spec.architecture).image_size
+        hint = f"Set `image_size: {own}`, its own size, in" if own not in (0, size) else "Correct `image_size` in"
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ConfigError(
+            f"encoder {spec.architecture}: does not take images of {size} pixels ({why}). {hint} the encoder YAML."
+        ) from None
+
+
+def weights_sha256(spec: EncoderSpec) -> str:
+    """Of the files that hold its weights, both towers of a CLIP; "" of an exported program."""
+    family, _, name = spec.architecture.partition(":")
+    if family == "hf":
+        return storage.json_sha256([storage.file_sha256(file) for file in weight_files(local_folder(name))])
+    return storage.file_sha256(spec.weights) if spec.weights else ""
+
+
 def build_backbone(spec: EncoderSpec) -> nn.Module:
     """The architecture with fresh weights: (B, 3, S, S) → (B, D)."""
-    if spec.architecture.startswith("timm:"):
-        return _build_timm(spec.architecture.removeprefix("timm:"))
+    family, _, rest = spec.architecture.partition(":")
+    if family == "timm":
+        backbone: nn.Module = import_timm(rest).create_model(rest, pretrained=False, num_classes=0)
+        return backbone
+    if family == "torchvision":
+        return build_torchvision(rest, spec.image_size)
     name, _, stem = spec.architecture.partition("-")
     if name not in _RESNETS or stem not in ("", "cifar"):
-        known = ", ".join([*_RESNETS, *(f"{n}-cifar" for n in _RESNETS), "clip", "timm:<name>", "exported:<file.pt2>"])
+        known = ", ".join([*_RESNETS, *(f"{n}-cifar" for n in _RESNETS), *OTHERS])
         raise ConfigError(f"architecture: {spec.architecture!r} is not known. Use one of {known}.")
     block, layers = _RESNETS[name]
     model = torchvision.models.ResNet(block, layers, width_per_group=64)
@@ -155,8 +202,8 @@ def build_backbone(spec: EncoderSpec) -> nn.Module:
         model.conv1 = nn.Conv2d(3, spec.width, 3, spec.stem_stride, 1, bias=False)
         model.maxpool = nn.Identity()
     model.fc = nn.Identity()
-    backbone: nn.Module = model
-    return backbone
+    resnet: nn.Module = model
+    return resnet
 
 
 def _set_width(model: torchvision.models.ResNet, block: Any, layers: list[int], width: int) -> None:
@@ -167,101 +214,3 @@ def _set_width(model: torchvision.models.ResNet, block: Any, layers: list[int], 
     for stage, blocks in enumerate(layers):
         layer = model._make_layer(block, width << stage, blocks, stride=1 if stage == 0 else 2)
         setattr(model, f"layer{stage + 1}", layer)
-
-
-def _build_timm(name: str) -> nn.Module:
-    try:
-        import timm
-    except ImportError:
-        raise ConfigError(
-            f"architecture timm:{name}: timm is not installed. Run: pip install 'sanitize[timm]'"
-        ) from None
-    if not timm.is_model(name):
-        raise ConfigError(f"architecture timm:{name}: timm has no model of that name. See timm.list_models().")
-    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0)
-    return model
-
-
-def read_weights(path: str) -> dict[str, Tensor]:
-    """Named tensors of a safetensors or weights-only PyTorch file. Raises CheckpointError for anything else."""
-    if path.endswith(".safetensors"):
-        try:
-            return safetensors.torch.load(storage.read_bytes(path))
-        except safetensors.SafetensorError as error:
-            raise CheckpointError(f"{path}: not a safetensors file ({error}). Download or convert it again.") from None
-    with storage.open_read(path) as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about pickle protocols, before the refusal below says it better
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        except (
-            pickle.UnpicklingError,
-            RuntimeError,
-            EOFError,
-            ValueError,
-            KeyError,
-            AttributeError,
-            TypeError,
-        ) as error:
-            why = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            source = "torch.load(path, weights_only=False)['state_dict']"
-            if "TorchScript" in str(error):  # OpenAI's own CLIP files
-                source = "torch.jit.load(path, map_location='cpu').state_dict()"
-            raise CheckpointError(
-                f"{path}: refused, it does not load as plain tensors ({why}). A checkpoint that needs a pickle or TorchScript "
-                "can run any code. If you trust it, convert it once on a machine you can lose: safetensors.torch.save_file("
-                f"{source}, 'encoder.safetensors')."
-            ) from None
-    return _named_tensors(content, path)
-
-
-def _named_tensors(content: Any, path: str) -> dict[str, Tensor]:
-    for name in ("state_dict", "model", "model_state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            content = content[name]
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
-    if not tensors:
-        raise CheckpointError(f"{path}: no named tensors in it. A state dict (name → tensor) was expected.")
-    return tensors
-
-
-def encoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Any of the known checkpoint layouts → torchvision's (or the model's own) parameter names.
-
-    Layouts: bare; `module.` (DataParallel); `f.f.<index>` or `f.<index>` (SimCLR of BadEncoder and DRUPE);
-    `visual.` (BadEncoder's ImageNet and CLIP files); `backbone.` with `shortcut` (CTRL); `encoder.`.
-    """
-    names = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    for prefix in ("f.f.", "f.", "visual.", "backbone.", "encoder."):
-        if any(name.startswith(prefix) for name in names):
-            names = {name.removeprefix(prefix): t for name, t in names.items() if name.startswith(prefix)}
-            break
-    names = {name: tensor for name, tensor in names.items() if not name.startswith(_HEADS)}
-    if any(re.match(r"^[03456]\.", name) for name in names):
-        names = {_SEQUENTIAL.get(n.split(".")[0], n.split(".")[0]) + n[n.find(".") :]: t for n, t in names.items()}
-    return {re.sub(r"\.shortcut\.", ".downsample.", name): tensor for name, tensor in names.items()}
-
-
-def load_strictly(backbone: nn.Module, given: Mapping[str, Tensor], spec: EncoderSpec) -> None:
-    """Copy weights into `backbone`; every name and shape must fit, and the message says which do not."""
-    wanted = backbone.state_dict()
-    counters = {name for name in wanted if name.endswith("num_batches_tracked")}
-    missing = sorted(set(wanted) - set(given) - counters)
-    unexpected = sorted(set(given) - set(wanted))
-    shapes = [
-        f"{name} {tuple(given[name].shape)} instead of {tuple(wanted[name].shape)}"
-        for name in sorted(set(given) & set(wanted))
-        if given[name].shape != wanted[name].shape
-    ]
-    problems = [
-        f"{len(names)} {what} (first: {', '.join(names[:3])})"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if names
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{spec.weights}: does not fit architecture {spec.architecture} (width {spec.width}): {'; '.join(problems)}. "
-            "Correct `architecture` (or `width`) in the encoder YAML, or give the weights of that architecture."
-        )
-    backbone.load_state_dict({name: given.get(name, wanted[name]) for name in wanted})
-    if not all(torch.isfinite(t).all() for t in backbone.state_dict().values() if t.is_floating_point()):
-        raise CheckpointError(f"{spec.weights}: contains NaN or infinite weights. Download or train it again.")

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sanitize import storage
-from sanitize.errors import CheckpointError
+from sanitize.errors import CheckpointError, ConfigError
 
 # ATen operators that read and write nothing but tensors in memory; "_" at the end (in place) is the same operator
 _PURE = frozenset(
@@ -74,6 +74,35 @@ def load_exported(path: str) -> nn.Module:
             "Write it with torch.export.save(torch.export.export(model, (images,), dynamic_shapes=...), path)."
         ) from None
     return module
+
+
+def traced(module: nn.Module, images: Tensor) -> tuple[bytes, Tensor]:
+    """(a .pt2 archive of the module in eval mode for any batch size, its embeddings of these images). Raises ConfigError."""
+    training = module.training
+    try:
+        module.eval()
+        with torch.no_grad():
+            embeddings = module(images)
+            program = torch.export.export(module, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        archive = io.BytesIO()
+        torch.export.save(program.run_decompositions(), archive)
+    except Exception as error:  # of the module or of the tracer: any kind
+        raise ConfigError(
+            f"{type(module).__name__}: cannot be exported ({(str(error).strip().splitlines() or [repr(error)])[0][:200]}). Its forward "
+            "must take images (B, 3, S, S) on the CPU and use tensor operations alone."
+        ) from None
+    finally:
+        module.train(training)
+    if not isinstance(embeddings, Tensor) or embeddings.ndim != 2:
+        raise ConfigError(
+            f"{type(module).__name__}: gives {_kind(embeddings)}, embeddings (B, D) were expected. Wrap it in a module that returns "
+            "the embedding."
+        )
+    return archive.getvalue(), embeddings
+
+
+def _kind(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _checked_copy(data: bytes, path: str) -> io.BytesIO:

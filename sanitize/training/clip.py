@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sanitize.config import EncoderSpec
+from sanitize.stages import huggingface
 from sanitize.stages.clip import TextTransformer
-from sanitize.stages.encoders import Encoder, load_encoder, read_weights
+from sanitize.stages.encoders import Encoder, load_encoder
 from sanitize.stages.text import TextEncoder, Tokenizer, load_text_encoder
+from sanitize.stages.weights import read_weights
 
 LARGEST_SCALE = math.log(100)
 
@@ -32,10 +34,12 @@ def fresh(spec: EncoderSpec, visual: nn.Module, text: TextTransformer, tokenizer
 
 def load_clip(spec: EncoderSpec) -> Clip:
     """A whole CLIP checkpoint, frozen. The encoder YAML must name a tokenizer."""
-    scale = read_weights(spec.weights).get("logit_scale", torch.tensor(LARGEST_SCALE))
-    return Clip(
-        load_encoder(spec), load_text_encoder(spec), nn.Parameter(scale.float().reshape(()), requires_grad=False)
-    )
+    if spec.architecture.startswith("hf:"):
+        scale = huggingface.read_logit_scale(spec.architecture.removeprefix("hf:"))
+    else:
+        scale = read_weights(spec.weights).get("logit_scale")
+    scale = torch.tensor(LARGEST_SCALE) if scale is None else scale.float().reshape(())
+    return Clip(load_encoder(spec), load_text_encoder(spec), nn.Parameter(scale, requires_grad=False))
 
 
 def info_nce(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
