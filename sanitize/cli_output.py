@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import signal
 from typing import Any
 
@@ -13,11 +14,12 @@ import click
 from sanitize.config_loading import to_mapping
 from sanitize.errors import SanitizeError
 
+TRACEBACK = "SANITIZE_TRACEBACK"  # environment variable: crashes are shown whole
 EXIT_CODES = """\b
 Exit codes:
   0    done
   1    finished, but some shards failed or are damaged (named); verify: problems were found
-  2    usage or configuration
+  2    usage or configuration; or a crash, in one line
   3    refused, because the result would probably harm you (--force overrides)
   130  interrupted (Ctrl-C), 143 terminated (SIGTERM): what is finished is kept
 """
@@ -89,3 +91,15 @@ class Command(click.Group):
         except KeyboardInterrupt:
             click.echo(f"{word}; run the same command again to go on.", err=True)
             context.exit(code)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            if os.environ.get(TRACEBACK):
+                raise
+            why = " ".join(str(error).split())[:300]
+            click.echo(
+                f"error: failed unexpectedly ({type(error).__name__}: {why}). Finished files are kept. Please report it, with what the "
+                f"same command says when {TRACEBACK}=1 is set.",
+                err=True,
+            )
+            context.exit(2)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import click
 import pytest
 from builders import tree_bytes, write_shards
 from click.testing import CliRunner
@@ -12,6 +13,7 @@ from sanitize.attacks import triggers
 from sanitize.cli import main
 from sanitize.cli_around import TRIGGERS
 from sanitize.cli_options import resolve_policy
+from sanitize.cli_output import Command
 
 
 @pytest.mark.parametrize(
@@ -94,3 +96,22 @@ def test_every_command_lists_the_exit_codes():
     for name in main.commands:
         assert "3    refused" in CliRunner().invoke(main, [name, "--help"]).output
     assert tuple(triggers.TRIGGERS) == TRIGGERS
+
+
+def test_a_crash_is_one_line_and_exit_code_2_unless_the_whole_is_asked_for(tmp_path, monkeypatch):
+    """Exit code 1 says that some shards failed, and nothing else."""
+
+    @click.command()
+    def crash() -> None:
+        raise ZeroDivisionError("of\nours")
+
+    program = Command("program")
+    program.add_command(crash)
+    ended = CliRunner().invoke(program, ["crash"])
+    assert ended.exit_code == 2
+    assert ended.output == (
+        "error: failed unexpectedly (ZeroDivisionError: of ours). Finished files are kept. Please report it, with what the same command "
+        "says when SANITIZE_TRACEBACK=1 is set.\n"
+    )
+    monkeypatch.setenv("SANITIZE_TRACEBACK", "1")
+    assert isinstance(CliRunner().invoke(program, ["crash"]).exception, ZeroDivisionError)
