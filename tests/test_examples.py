@@ -1,15 +1,19 @@
 """examples/ and the Dockerfile: they parse, and what they call is there with its options. Nobody has run them on a cluster."""
 
 import re
+import runpy
 import shlex
 import subprocess
+import sys
 import tomllib
+import types
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 import yaml
+from builders import write_shards
 
 from sanitize.cli import main
 
@@ -121,3 +125,59 @@ def test_the_image_asks_for_the_torch_that_the_package_asks_for():
     text = (ROOT / "Dockerfile").read_text()
     asked = set(re.findall(r'"(torch(?:vision)?>=[\d.]+)"', text))
     assert asked == {name for name in PROJECT["dependencies"] if name.startswith("torch")}
+
+
+# ---------------------------------------------------------------- Airflow
+
+
+class Failed(Exception):
+    """Stands in for AirflowFailException."""
+
+
+@pytest.fixture
+def dag(monkeypatch) -> dict[str, Any]:
+    """The names of the DAG's file. Airflow is not installed here: its decorators do nothing."""
+    sdk, exceptions = types.ModuleType("airflow.sdk"), types.ModuleType("airflow.sdk.exceptions")
+    vars(sdk).update(dag=lambda **_: lambda _function: lambda: None, task=lambda function: function)
+    vars(exceptions).update(AirflowFailException=Failed)
+    for name, module in (
+        ("airflow", types.ModuleType("airflow")),
+        ("airflow.sdk", sdk),
+        (exceptions.__name__, exceptions),
+    ):
+        monkeypatch.setitem(sys.modules, name, module)
+    return runpy.run_path(str(ROOT / "examples" / "airflow_dag.py"))
+
+
+@pytest.fixture
+def on_path(tmp_path, monkeypatch) -> None:
+    """`sanitize` as a command, in an empty folder."""
+    program = tmp_path / "bin" / "sanitize"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/bash\nexec {sys.executable} -m sanitize.cli "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=":")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_task_of_the_dag_gives_what_the_command_printed(dag, on_path, detector, tmp_path):
+    write_shards(tmp_path / "in", [12])
+    scanned = dag["run_sanitize"]("scan", "in", "--detector", str(detector), "--workers", "0", "--threshold", "1e9")
+    assert (scanned["out"], scanned["samples"], scanned["failed"]) == ("scanned", 12, [])
+    assert dag["run_sanitize"]("verify", scanned["out"])["problems"] == []
+
+
+def test_a_task_is_not_tried_again_where_that_cannot_help(dag, on_path, detector, tmp_path):
+    with pytest.raises(Failed, match="sanitize scan: exit code 2. The log says why"):
+        dag["run_sanitize"]("scan", "in", "--detector", "nowhere")
+    write_shards(tmp_path / "in", [12])
+    (tmp_path / "in" / "part-0001.tar").write_bytes(b"")
+    with pytest.raises(RuntimeError, match="exit code 1. The next try does only what is left"):
+        dag["run_sanitize"]("scan", "in", "--detector", str(detector), "--workers", "0", "--threshold", "1e9")
+
+
+def test_the_dag_asks_for_options_that_there_are(dag):
+    calls = [line for line in (ROOT / "examples" / "airflow_dag.py").read_text().splitlines() if '"--' in line]
+    options = {flag for p in main.commands["scan"].params if isinstance(p, click.Option) for flag in p.opts}
+    assert set(re.findall(r'"(--[\w-]+)"', "\n".join(calls))) <= options | {"--json"}
