@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-slow check zoo bench clean
+.PHONY: demo test test-slow check zoo bench schemas dist clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,5 +35,16 @@ bench: $(INSTALLED)  ## throughput and memory beside their measured bounds
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.finetune
 
+schemas: $(INSTALLED)  ## docs/schemas, made from the settings and records in the code
+	$(BIN)/python -m sanitize.schemas docs/schemas
+
+dist:  ## wheel and sdist in dist/, checked; needs nothing of what sanitize itself needs
+	rm -rf dist build
+	$(PYTHON) -m venv build/tools
+	build/tools/bin/pip install --quiet --disable-pip-version-check build twine check-wheel-contents
+	build/tools/bin/python -m build
+	build/tools/bin/twine check --strict dist/*
+	build/tools/bin/check-wheel-contents dist/*.whl
+
 clean:
-	rm -rf $(VENV) demo runs build *.egg-info
+	rm -rf $(VENV) demo runs build dist *.egg-info

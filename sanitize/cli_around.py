@@ -49,7 +49,7 @@ def inspect(
     values = overlay(values, {key: value for key, value in options.items() if value is not None})
     config = from_mapping(DecreeConfig, values, "settings of inspect")
     result = run(spec, images, out.rstrip("/"), config, [load_encoder_spec(peer) for peer in peers])
-    tell(result, result.text, f"  numbers and image: {result.report}")
+    tell(result.numbers, result.text, f"  numbers and image: {result.report}")
 
 
 @click.command()

@@ -16,7 +16,7 @@ class ProgressDisplay:
     """Shards or epochs done, speed, a note, and time left. `work` is whatever total the time left is estimated from."""
 
     def __init__(self, title: str, steps: int, work: float, unit: str = "shards") -> None:
-        self._title, self._steps, self._work, self._unit = title, steps, max(work, 1), unit
+        self.title, self._steps, self._work, self._unit = title, steps, max(work, 1), unit
         self._start = time.monotonic()
         self._last = self._start
         self._skipped = 0.0  # work already done when this run began
@@ -38,7 +38,7 @@ class ProgressDisplay:
         if self._bar:
             self._bar.stop()
         elif kind is None and self._text:
-            log.info("%s: %s", self._title, self._text)
+            log.info("%s: %s", self.title, self._text)
 
     def skip(self, work: float) -> None:
         self._skipped = work
@@ -56,4 +56,4 @@ class ProgressDisplay:
             self._bar.update(self._task, completed=steps, text=self._text.partition(", ")[2])
         elif now - self._last >= EVERY:
             self._last = now
-            log.info("%s: %s", self._title, self._text)
+            log.info("%s: %s", self.title, self._text)

@@ -15,6 +15,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 
 from sanitize import storage
+from sanitize.counters import RayCounters
 from sanitize.errors import SanitizeError, ShardError
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
@@ -64,6 +65,7 @@ def map_shards(
             yield from _map_here(task, shards, resources, display, total, at_once)
         return
     with ray_session(address):
+        total.counters = RayCounters(display.title)
         yield from _map_on_ray(task, shards, resources, display, total, at_once)
 
 
@@ -79,6 +81,8 @@ class _Total:
     """Progress of the whole run: finished shards plus what the workers report of their current ones."""
 
     def __init__(self) -> None:
+        self.counters: RayCounters | None = None  # None: without Ray
+        self.failed = 0  # of the shards
         self.shards = self.samples = self.flagged = self.bytes = 0
 
     def finish(self, shards: Sequence[Shard], progress: ShardProgress) -> None:
@@ -91,6 +95,9 @@ class _Total:
         samples, flagged, size = (sum(column) for column in zip(ShardProgress(), *running, strict=True))
         note = f"{self.flagged + flagged} flagged" if self.flagged + flagged else ""
         display.update(self.shards, self.bytes + size, self.samples + samples, note)
+        if self.counters:
+            here = (self.samples + samples, self.flagged + flagged, self.bytes + size)
+            self.counters.tell(*here, self.shards - self.failed, self.failed)
 
 
 def _map_here(
@@ -225,6 +232,7 @@ def _map_on_ray(
                 if died:
                     outcomes = [Outcome(chunk[0], None, _lost(chunk[0], died))]
                 total.finish(chunk, ShardProgress() if died else _progress_of(actor))
+                total.failed += sum(outcome.result is None for outcome in outcomes)
                 last.pop(actor, None)
                 yield from outcomes
             for actor, _ in running.values():

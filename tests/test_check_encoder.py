@@ -114,7 +114,7 @@ def test_init_fills_in_an_encoder_that_loads(sanitize, tmp_path):
 
 
 def test_init_names_the_tokenizer_of_a_hugging_face_folder(sanitize, tmp_path):
-    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'sanitize[hf]'")
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'sanitize-shards[hf]'")
     from huggingface_models import MEAN, write_huggingface
 
     write_huggingface(tmp_path / "clip", "clip")

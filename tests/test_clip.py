@@ -152,7 +152,7 @@ def test_a_checkpoint_without_clips_text_tower_says_what_is_there(names, words):
 @pytest.mark.parametrize("quick_gelu", [True, False])
 def test_open_clip_gives_the_same_text_embeddings_and_tokens(tmp_path, quick_gelu):
     open_clip = pytest.importorskip(
-        "open_clip", reason="open_clip_torch is not installed: pip install 'sanitize[clip]'"
+        "open_clip", reason="open_clip_torch is not installed: pip install 'sanitize-shards[clip]'"
     )
     from open_clip.model import CLIP
 
@@ -177,7 +177,7 @@ def test_open_clip_gives_the_same_text_embeddings_and_tokens(tmp_path, quick_gel
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 @pytest.mark.parametrize("quick_gelu", [True, False])
 def test_open_clip_gives_the_same_embeddings(tmp_path, kind, quick_gelu):
-    pytest.importorskip("open_clip", reason="open_clip_torch is not installed: pip install 'sanitize[clip]'")
+    pytest.importorskip("open_clip", reason="open_clip_torch is not installed: pip install 'sanitize-shards[clip]'")
     from open_clip.model import CLIP
 
     torch.manual_seed(3)

@@ -82,7 +82,7 @@ def test_other_preprocessing_is_another_fingerprint(encoder_spec, change):
 def test_fingerprints_are_those_of_version_0_1_0(tmp_path, spec, fingerprint):
     """Detectors that were fitted before stay valid. All weights are zero here."""
     if spec.architecture.startswith("timm:"):
-        pytest.importorskip("timm", reason="timm is not installed: pip install 'sanitize[timm]'")
+        pytest.importorskip("timm", reason="timm is not installed: pip install 'sanitize-shards[timm]'")
     zeros = {name: torch.zeros_like(tensor) for name, tensor in build_backbone(spec).state_dict().items()}
     safetensors.torch.save_file(zeros, tmp_path / "zeros.safetensors")
     spec = dataclasses.replace(spec, weights=str(tmp_path / "zeros.safetensors"))

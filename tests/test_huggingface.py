@@ -19,7 +19,8 @@ from sanitize.stages.text import load_text_encoder
 from sanitize.training.clip import load_clip
 
 transformers = pytest.importorskip(
-    "transformers", reason="transformers is not installed: pip install 'sanitize[hf]'; Hugging Face folders need it"
+    "transformers",
+    reason="transformers is not installed: pip install 'sanitize-shards[hf]'; Hugging Face folders need it",
 )
 from huggingface_models import MEAN, MODELS, SIDE, STD, change_json, processed, write_huggingface  # noqa: E402
 

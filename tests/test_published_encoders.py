@@ -11,7 +11,7 @@ from sanitize.errors import CheckpointError, ConfigError
 from sanitize.stages.encoders import build_backbone, load_encoder
 from sanitize.stages.preprocessing import IMAGENET_MEAN, IMAGENET_STD, complete_spec
 
-NEEDS_TIMM = "timm is not installed: pip install 'sanitize[timm]'; timm:<name> needs it"
+NEEDS_TIMM = "timm is not installed: pip install 'sanitize-shards[timm]'; timm:<name> needs it"
 
 
 def normalised(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):

@@ -11,11 +11,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sanitize import storage
+from sanitize.config_loading import to_mapping
 from sanitize.errors import CheckpointError
 from sanitize.stages.encoders import Encoder
 from sanitize.training.heads import Head
 
 FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class HeadDescription:
+    """head.json. sha256: of head.safetensors; settings: plain values of the training, for people."""
+
+    format_version: int
+    kind: str
+    embedding_size: int
+    classes: tuple[str, ...]
+    encoder_fingerprint: str
+    sha256: str
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -38,16 +52,16 @@ def save_head(trained: TrainedHead, folder: str, settings: dict[str, Any]) -> No
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.head.state_dict().items()}
     weights = safetensors.torch.save(tensors)
     storage.write_bytes(storage.join(folder, "head.safetensors"), weights)
-    values = {
-        "format_version": FORMAT_VERSION,
-        "kind": trained.head.kind,
-        "embedding_size": trained.head.size,
-        "classes": list(trained.classes),
-        "encoder_fingerprint": trained.encoder_fingerprint,
-        "sha256": hashlib.sha256(weights).hexdigest(),
-        "settings": settings,
-    }
-    storage.write_json(storage.join(folder, "head.json"), values)
+    description = HeadDescription(
+        format_version=FORMAT_VERSION,
+        kind=trained.head.kind,
+        embedding_size=trained.head.size,
+        classes=trained.classes,
+        encoder_fingerprint=trained.encoder_fingerprint,
+        sha256=hashlib.sha256(weights).hexdigest(),
+        settings=settings,
+    )
+    storage.write_json(storage.join(folder, "head.json"), to_mapping(description))
 
 
 def load_head(folder: str, encoder: Encoder) -> TrainedHead:

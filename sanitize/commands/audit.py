@@ -4,7 +4,7 @@ import base64
 import html
 import logging
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +14,7 @@ from sanitize import plots, runtime, storage
 from sanitize.artifacts.detector_folder import load_detector, load_matching_encoder, make_scorer
 from sanitize.artifacts.scan_folder import Run, ScanFolder, ShardMarker, Summary
 from sanitize.artifacts.truth import load_poisoned
+from sanitize.config_loading import to_mapping
 from sanitize.errors import ConfigError
 from sanitize.metrics import Detection, detection
 from sanitize.records import DecodedImage
@@ -42,6 +43,18 @@ class ScoredSamples:
     scores: Floats
     similarities: Floats  # of image and caption
     removed: Mask | None
+
+
+@dataclass(frozen=True)
+class AuditSummary:
+    """audit/summary.json. statuses: samples by status; detection: where the truth is known; the rest: where pass 2 is through."""
+
+    samples: int
+    statuses: dict[str, int]
+    threshold: float | None
+    removed: int | None
+    detection: Detection | None
+    detection_at_threshold: dict[str, float] | None
 
 
 @dataclass(frozen=True)
@@ -74,14 +87,17 @@ def audit(out: str, truth: str = "", top: int = 32) -> AuditResult:
     if top:
         _write_suspicious(storage.join(report, "suspicious.png"), run, scored, poisoned, top)
     text = _text(out, scored, summary, quality, at_threshold)
-    values = {
-        "samples": len(scored.scores),
-        "statuses": dict(sorted(Counter(scored.statuses.tolist()).items())),
-        "threshold": threshold if threshold is None or np.isfinite(threshold) else str(threshold),
-        "removed": summary.removed if summary else None,
-        "detection": asdict(quality) if quality else None,
-        "detection_at_threshold": at_threshold,
-    }
+    written = AuditSummary(
+        samples=len(scored.scores),
+        statuses=dict(sorted(Counter(scored.statuses.tolist()).items())),
+        threshold=threshold,
+        removed=summary.removed if summary else None,
+        detection=quality,
+        detection_at_threshold=at_threshold,
+    )
+    values = to_mapping(written)
+    if threshold is not None and not np.isfinite(threshold):
+        values["threshold"] = str(threshold)  # JSON has no infinity
     storage.write_json(storage.join(report, "summary.json"), values)
     _write_html(report, text)
     return AuditResult(text, quality, at_threshold, storage.join(report, "report.html"))

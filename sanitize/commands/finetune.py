@@ -44,6 +44,7 @@ from sanitize.training.sample_index import DataSet, class_count
 
 log = logging.getLogger(__name__)
 INPUTS = ("shards", "validation", "triggered")  # settings that name shards
+PLACEMENT = ("workers", "gpus_per_worker", "cpus_per_worker", "address", "out", "checkpoint_steps")  # not what it gives
 REMEMBERED = ("mode", "epochs", "batch_size", "learning_rate", "weight_decay", "seed")  # settings in head.json
 
 
@@ -111,8 +112,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
 
 def _identity(config: FinetuneConfig, fingerprint: str, sets: dict[str, list[Shard]]) -> dict[str, Any]:
     """What makes this run this run: settings, inputs, encoder; not where and on how many workers it happens."""
-    placement = ("workers", "gpus_per_worker", "cpus_per_worker", "address", "out", "checkpoint_steps")
-    settings = {key: value for key, value in to_mapping(config).items() if key not in placement}
+    settings = {key: value for key, value in to_mapping(config).items() if key not in PLACEMENT}
     both_towers = weights_sha256(config.encoder) if config.mode == "contrastive" else ""
     inputs = {name: head_tails(shards) for name, shards in sets.items()}
     return settings | inputs | {"encoder": [fingerprint, both_towers]}

@@ -3,12 +3,10 @@
 auxiliary shards → pool of images → inversion of the encoder under test, then of its clean peers → verdict, JSON, image.
 """
 
-import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,12 +33,58 @@ MIN_IMAGES = 64
 
 
 @dataclass(frozen=True)
+class TriggerNumbers:
+    """Of an inverted trigger; see `InvertedTrigger`."""
+
+    l1: float
+    p_l1: float
+    pixels: float
+    cosine: float
+    step: int
+
+
+@dataclass(frozen=True)
+class RestartNumbers:
+    trigger: TriggerNumbers | None
+    steps: int
+    epochs: int
+    seconds: float
+    penalty: float
+
+
+@dataclass(frozen=True)
+class PeerNumbers:
+    fingerprint: str
+    l1: float | None
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """inspect.json. best: the smallest trigger; spread_l1: of the restarts; skipped: samples without a usable image, by status."""
+
+    verdict: Verdict
+    convention: str
+    best: TriggerNumbers | None
+    spread_l1: float
+    plain_cosine: float
+    images: int
+    image_size: int
+    restarts: tuple[RestartNumbers, ...]
+    peers: tuple[PeerNumbers, ...]
+    encoder_fingerprint: str
+    settings: DecreeConfig
+    skipped: dict[str, int]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Inspection:
-    """peers: L1 of each clean encoder, None where no trigger was found; text is for the terminal."""
+    """peers: L1 of each clean encoder, None where no trigger was found; numbers: of inspect.json; text is for the terminal."""
 
     verdict: Verdict
     inversion: Inversion
     peers: tuple[float | None, ...]
+    numbers: InspectReport
     text: str
     report: str  # path of inspect.json
 
@@ -67,20 +111,25 @@ def inspect(
     inversion = _invert(encoder, pool.images, config, "inspect")
     sizes = tuple(_peer_size(shards, peer, config, number) for number, peer in enumerate(peers, start=1))
     verdict = verdict_on(inversion, sizes, config.threshold)
-    report = storage.join(out, "inspect.json")
-    storage.write_json(
-        report,
-        {
-            **_numbers(inversion, verdict),
-            "peers": [{"fingerprint": f, "l1": s} for f, s in zip(fingerprints[1:], sizes, strict=True)],
-            "encoder_fingerprint": fingerprints[0],
-            "settings": to_mapping(config),
-            "skipped": pool.skipped,
-            "versions": library_versions(),
-        },
+    numbers = InspectReport(
+        verdict=verdict,
+        convention=decree.CONVENTION,
+        best=_trigger_numbers(inversion.best),
+        spread_l1=inversion.spread,
+        plain_cosine=inversion.plain_cosine,
+        images=inversion.images,
+        image_size=inversion.image_size,
+        restarts=_restart_numbers(inversion),
+        peers=tuple(PeerNumbers(f, size) for f, size in zip(fingerprints[1:], sizes, strict=True)),
+        encoder_fingerprint=fingerprints[0],
+        settings=config,
+        skipped=pool.skipped,
+        versions=library_versions(),
     )
+    report = storage.join(out, "inspect.json")
+    storage.write_json(report, to_mapping(numbers))
     _write_image(storage.join(out, "trigger.png"), inversion.best, pool.images[0])
-    return Inspection(verdict, inversion, sizes, _text(inversion, verdict, sizes, pool), report)
+    return Inspection(verdict, inversion, sizes, numbers, _text(inversion, verdict, sizes, pool), report)
 
 
 def _fingerprints(encoder: EncoderSpec, peers: Sequence[EncoderSpec]) -> list[str]:
@@ -168,33 +217,23 @@ def _peer_size(shards: Sequence[Shard], spec: EncoderSpec, config: DecreeConfig,
 # ---------------------------------------------------------------- output
 
 
-def _numbers(inversion: Inversion, verdict: Verdict) -> dict[str, Any]:
-    return {
-        "verdict": dataclasses.asdict(verdict),
-        "convention": decree.CONVENTION,
-        "best": _trigger_numbers(inversion.best),
-        "spread_l1": inversion.spread,
-        "plain_cosine": inversion.plain_cosine,
-        "images": inversion.images,
-        "image_size": inversion.image_size,
-        "restarts": [
-            {
-                "trigger": _trigger_numbers(restart.trigger),
-                "steps": restart.steps,
-                "epochs": restart.epochs,
-                "seconds": round(restart.seconds, 2),
-                "penalty": restart.penalty,
-            }
-            for restart in inversion.restarts
-        ],
-    }
+def _restart_numbers(inversion: Inversion) -> tuple[RestartNumbers, ...]:
+    return tuple(
+        RestartNumbers(
+            _trigger_numbers(restart.trigger),
+            restart.steps,
+            restart.epochs,
+            round(restart.seconds, 2),
+            restart.penalty,
+        )
+        for restart in inversion.restarts
+    )
 
 
-def _trigger_numbers(trigger: InvertedTrigger | None) -> dict[str, float] | None:
+def _trigger_numbers(trigger: InvertedTrigger | None) -> TriggerNumbers | None:
     if trigger is None:
         return None
-    numbers = {"l1": trigger.l1, "p_l1": trigger.p_l1, "pixels": trigger.pixels}
-    return numbers | {"cosine": trigger.cosine, "step": trigger.step}
+    return TriggerNumbers(trigger.l1, trigger.p_l1, trigger.pixels, trigger.cosine, trigger.step)
 
 
 def _text(inversion: Inversion, verdict: Verdict, peers: Sequence[float | None], pool: ImagePool) -> str:

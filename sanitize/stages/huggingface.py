@@ -266,7 +266,7 @@ def _transformers(folder: str) -> Any:
         import transformers
     except ImportError:
         raise ConfigError(
-            f"architecture hf:{folder}: transformers is not installed. Run: pip install 'sanitize[hf]'"
+            f"architecture hf:{folder}: transformers is not installed. Run: pip install 'sanitize-shards[hf]'"
         ) from None
     return transformers
 

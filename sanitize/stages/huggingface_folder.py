@@ -108,7 +108,7 @@ def local_folder(name: str) -> str:
     except ImportError:
         raise ConfigError(
             f"architecture hf:{name}: no such folder, and huggingface_hub, which could download it, is not installed. Run: "
-            f"pip install 'sanitize[hf]'. Or: {how}"
+            f"pip install 'sanitize-shards[hf]'. Or: {how}"
         ) from None
     try:
         return str(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], etag_timeout=5))

@@ -112,7 +112,7 @@ def import_timm(name: str) -> Any:
         import timm
     except ImportError:
         raise ConfigError(
-            f"architecture timm:{name}: timm is not installed. Run: pip install 'sanitize[timm]'"
+            f"architecture timm:{name}: timm is not installed. Run: pip install 'sanitize-shards[timm]'"
         ) from None
     if not timm.is_model(name):
         raise ConfigError(f"architecture timm:{name}: timm has no model of that name. See timm.list_models().")

@@ -62,7 +62,7 @@ class OpenClipTokenizer:
             from open_clip.tokenizer import SimpleTokenizer
         except ImportError:
             raise ConfigError(
-                "tokenizer: open_clip is not installed. Run: pip install 'sanitize[clip]', or give a tokenizer.json."
+                "tokenizer: open_clip is not installed. Run: pip install 'sanitize-shards[clip]', or give a tokenizer.json."
             ) from None
         self._tokenizer = SimpleTokenizer()
 
