@@ -140,6 +140,7 @@ def all_schemas() -> dict[str, Schema]:
     inputs = dict.fromkeys(finetune.INPUTS, TEXT_BY_STEM)
     out_and_fingerprint = {"out": TEXT, "fingerprint": TEXT}
     versions: Schema = {"type": "object", "additionalProperties": TEXT}
+    wrote: Schema = {"type": "object", "properties": {"wrote": TEXTS}, "required": ["wrote"]}
     metrics_line: Schema = {"type": "object", "additionalProperties": NUMBER, "required": ["epoch", "loss"]}
     return {
         "settings": _settings_file(),
@@ -161,12 +162,15 @@ def all_schemas() -> dict[str, Schema]:
         "head": _written("head/head.json", HeadDescription),
         "metrics_line": Definitions(settings=False).close("a line of head/metrics.jsonl", metrics_line),
         "finetune": _written("head/finetune.json", finetune.FinetuneResult, {"versions": versions}, leave_out=["out"]),
-        "inspect": _written("inspected/inspect.json", inspect_command.InspectReport),
+        "inspect": _written(
+            "inspected/inspect.json, and stdout of `sanitize inspect --json`", inspect_command.InspectReport
+        ),
         "poison": _written("poisoned/poison.json", PoisonTruth),
+        "result_init": Definitions(settings=False).close("stdout of `sanitize init --json`", wrote),
         "result_fit": _written("stdout of `sanitize fit --json`", FitSummary, out_and_fingerprint),
         "result_scan": _written("stdout of `sanitize scan --json`", scan.ScanResult),
         "result_scan_dry_run": _written("stdout of `sanitize scan --dry-run --json`", scan.ScanPlan),
-        "result_clean": _written("stdout of `sanitize clean --json`", clean.CleanResult),
+        "result_clean": _written("stdout of `sanitize clean --json`, with and without --dry-run", clean.CleanResult),
         "result_audit": _written("stdout of `sanitize audit --json`", audit.AuditResult),
         "result_verify": _written("stdout of `sanitize verify --json`", verify.VerifyResult),
         "result_finetune": _written("stdout of `sanitize finetune --json`", finetune.FinetuneResult),

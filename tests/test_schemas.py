@@ -12,7 +12,6 @@ from click.testing import CliRunner
 
 from sanitize import schemas
 from sanitize.cli import main
-from sanitize.commands.init import ENCODER_TEMPLATE, TEMPLATE
 
 jsonschema: Any = pytest.importorskip("jsonschema", reason="jsonschema is not installed; it is in the extra dev")
 FOLDER = Path(__file__).parents[1] / "docs" / "schemas"
@@ -44,7 +43,7 @@ FILES = {  # schema → the files that it describes; a .jsonl holds one object a
     "inspect": ("inspected/inspect.json",),
     "poison": ("poisoned/poison.json",),
 }
-SETTINGS = {"settings", "encoder"}
+OF_INIT = {"settings", "encoder", "result_init"}
 
 
 def check(name: str, value: Any) -> None:
@@ -89,7 +88,7 @@ def test_each_is_a_schema(name):
 
 
 def test_every_schema_is_held_against_something_real():
-    assert set(FILES) | set(COMMANDS) | SETTINGS == set(schemas.all_schemas())
+    assert set(FILES) | set(COMMANDS) | OF_INIT == set(schemas.all_schemas())
 
 
 # ---------------------------------------------------------------- what is written and printed
@@ -134,9 +133,11 @@ def test_an_infinite_threshold_is_text(project):
 # ---------------------------------------------------------------- settings
 
 
-def test_the_files_of_init_are_as_the_schemas_say():
-    check("settings", yaml.safe_load(TEMPLATE))
-    check("encoder", yaml.safe_load(ENCODER_TEMPLATE))
+def test_what_init_writes_and_prints_is_as_the_schemas_say(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check("result_init", json.loads(CliRunner().invoke(main, ["init", "--json"]).stdout))
+    check("settings", yaml.safe_load(Path("sanitize.yaml").read_text()))
+    check("encoder", yaml.safe_load(Path("encoder.yaml").read_text()))
 
 
 @pytest.mark.parametrize(
