@@ -56,8 +56,8 @@ def pack(source: str, target: str | None, out: str | None, workers: int, address
         click.echo(f"sample: {problem}", err=True)
     if result.unreadable:
         click.echo(
-            f"{result.unreadable} sample(s) are in no shard; {result.out}/originals names each in its column `problem`. To have "
-            "them, repair them and pack into another --out.",
+            f"{result.unreadable} sample(s) are in no shard; {result.out}/originals names each in its column `problem`. Repair "
+            "them and run the same command: it packs their shards again. Files that changed meanwhile need another --out.",
             err=True,
         )
     for message in result.failed:

@@ -55,13 +55,13 @@ class PackedFolder:
         return self.at(originals.name_of(stem))
 
     def committed(self, stems: Sequence[str]) -> dict[str, PackMarker]:
-        """By stem: those that are finished, with all their files."""
+        """By stem: those that are finished: all files are there, and no sample of the source is missing in them."""
         done = {name.removesuffix(".json") for name in storage.list_files(self.at("done"), ".json")}
         present = set(storage.list_files(self.path, ".tar")) | {
             f"{originals.FOLDER}/{name}" for name in storage.list_files(self.at(originals.FOLDER), ".parquet")
         }
         found = storage.read_ahead(self.marker, [stem for stem in stems if stem in done])
-        return {marker.shard: marker for marker in found if marker.files.keys() <= present}
+        return {marker.shard: marker for marker in found if not marker.failed and marker.files.keys() <= present}
 
     def marker(self, stem: str) -> PackMarker:
         path = self.at("done", f"{stem}.json")

@@ -1,7 +1,8 @@
 """`sanitize pack`: image files, Hugging Face data sets or a manifest → WebDataset shards, images byte for byte.
 
 The source is listed once; sample n of it has the key n, whatever fails. Each output shard is a range of the source that one worker
-reads and commits: the tar, where its samples come from, then `done/<stem>.json`. A rerun does only what has no marker.
+reads and commits: the tar, where its samples come from, then `done/<stem>.json`. A rerun does what has no marker, and tries again
+where images could not be read.
 """
 
 import logging

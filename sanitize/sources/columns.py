@@ -149,7 +149,7 @@ class Labels:
 def text_labels(distinct: Iterable[bytes]) -> Labels:
     """Of all texts of a label column: classes in their sorted order, unless every one of them is a number already."""
     texts = sorted(set(distinct) - {b""})
-    if all(text.isdigit() and len(text) <= 9 for text in texts):
+    if all(text.isdigit() and len(text) <= 9 and (text == b"0" or text[:1] != b"0") for text in texts):
         return Labels()
     return Labels(tuple(texts), tuple(printable(text.decode("utf-8", "surrogateescape")) for text in texts))
 
