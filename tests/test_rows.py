@@ -1,6 +1,7 @@
 """Hugging Face data as Parquet or as `save_to_disk` left it: which columns are taken, and what damage costs."""
 
 import json
+import random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,7 +10,7 @@ from builders import encoded, random_image
 from source_builders import HF_IMAGE, classes, hf_table, packed, refused, samples, save_to_disk, write_parquet
 
 from sanitize.commands.pack import pack
-from sanitize.errors import ConfigError, ShardError
+from sanitize.errors import ConfigError, SanitizeError, ShardError
 from sanitize.sources import open_source
 from sanitize.sources.samples import Wanted
 
@@ -225,3 +226,39 @@ def test_a_file_that_is_replaced_while_it_is_packed_fails_its_shards_alone(tmp_p
     path.write_bytes(b"gone")
     with pytest.raises(ShardError, match=r"t\.parquet: "):
         list(source.reader()(0, 4))
+
+
+def test_a_column_whose_name_is_not_utf8_is_refused(tmp_path):
+    path = save_to_disk(tmp_path, [hf_table(2)]) / "data-00000-of-00001.arrow"
+    path.write_bytes(path.read_bytes().replace(b"caption\0", b"\xffaption\0"))
+    refused(path, r"{at}: cannot be read as a table \('utf-8' codec can't decode byte 0xff")
+
+
+def test_a_file_that_claims_more_rows_than_bytes_is_refused(tmp_path):
+    path = write_parquet(tmp_path / "t.parquet", pa.table({"image": pa.nulls(100_000, pa.binary())}), row_group=100_000)
+    refused(path, r"{at}: claims 100000 rows of images in \d+ bytes, which cannot be\.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_thousand_mutants_give_samples_or_words(tmp_path, kind):
+    """Seeded. Whatever a table claims, reading it neither crashes nor loses count."""
+    path = write_parquet(tmp_path / "t.parquet", hf_table(9))
+    if kind == "arrow":
+        path = save_to_disk(tmp_path / "disk", [hf_table(9)]) / "data-00000-of-00001.arrow"
+    whole, outcomes = path.read_bytes(), {"samples": 0, "words": 0}
+    for seed in range(1000):
+        rng, mutant = random.Random(seed), bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            size = len(mutant)
+            place = rng.choice([rng.randrange(size), rng.randrange(1500), size - 1 - rng.randrange(2500)])
+            mutant[place] = rng.choice([0, 127, 128, 255, rng.randrange(256)])
+        path.write_bytes(mutant)
+        try:
+            source = open_source(str(path), Wanted())
+            count = min(source.samples, 1000)
+            assert len(list(source.reader()(0, count))) == count
+            outcomes["samples"] += 1
+        except SanitizeError:
+            outcomes["words"] += 1
+    assert min(outcomes.values()) > 100

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 
 from sanitize import storage
 from sanitize.errors import ConfigError
-from sanitize.sources.columns import explain_table_errors, image_column
+from sanitize.sources.columns import explain_table_errors, image_column, with_names
 from sanitize.sources.image_folder import ListedFile, list_folder, open_image_folder
 from sanitize.sources.manifest import DELIMITERS, open_manifest
 from sanitize.sources.rows import open_rows
@@ -50,7 +50,7 @@ def _open_file(path: str, size: int, wanted: Wanted) -> Source:
 
 def _holds_images(path: str, wanted: Wanted) -> bool:
     with storage.explain_read_errors(path), storage.open_read(path) as file, explain_table_errors(path):
-        return bool(image_column(pq.read_schema(file), wanted.images, path))
+        return bool(image_column(with_names(pq.read_schema(file)), wanted.images, path))
 
 
 def _open_glob(pattern: str, wanted: Wanted) -> Source:

@@ -32,6 +32,12 @@ class Columns:
         return list(dict.fromkeys(name for name in (self.image, self.label, self.caption) if name))
 
 
+def with_names(schema: pa.Schema) -> pa.Schema:
+    """Itself. Raises UnicodeDecodeError when a column's name is not UTF-8, as a damaged file may have it."""
+    assert all(isinstance(name, str) for name in schema.names)
+    return schema
+
+
 # ---------------------------------------------------------------- types
 
 
@@ -194,9 +200,9 @@ def as_bytes(column: pa.Array) -> pa.Array:
 
 @contextlib.contextmanager
 def explain_table_errors(path: str) -> Iterator[None]:
-    """What pyarrow says of a damaged file, in words."""
+    """What pyarrow says of a damaged file, or of names of columns that are not UTF-8, in words."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         why = printable(" ".join(str(error).split()))[:200]
         raise ConfigError(f"{path}: cannot be read as a table ({why}). Correct it, or write it again.") from None

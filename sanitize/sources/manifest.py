@@ -23,6 +23,7 @@ from sanitize.sources.columns import (
     other_columns,
     path_column,
     text_labels,
+    with_names,
 )
 from sanitize.sources.files import ENTRIES, FileSource
 from sanitize.sources.samples import Wanted
@@ -69,13 +70,13 @@ def _entries(table: pa.Table, columns: Columns, labels: Labels) -> pa.Table:
 def _schema(path: str) -> pa.Schema:
     if path.endswith(".parquet"):
         with storage.explain_read_errors(path), storage.open_read(path) as file, explain_table_errors(path):
-            return pq.read_schema(file)
+            return with_names(pq.read_schema(file))
     with (
         storage.open_read(path) as file,
         explain_table_errors(path),
         csv.open_csv(file, parse_options=_parsing(path)) as reader,
     ):
-        return pa.schema([(name, pa.string()) for name in reader.schema.names])
+        return pa.schema([(name, pa.string()) for name in with_names(reader.schema).names])
 
 
 def _read(path: str, columns: Columns) -> pa.Table:

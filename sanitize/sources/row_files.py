@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from sanitize import storage
 from sanitize.errors import ConfigError
-from sanitize.sources.columns import explain_table_errors
+from sanitize.sources.columns import explain_table_errors, with_names
 from sanitize.stages.shards import printable
 
 BATCH = 32  # rows in memory at a time
@@ -57,7 +57,16 @@ def describe(url: str, name: str, size: int) -> tuple[RowFile, pa.Schema]:
         for group in range(parquet.num_row_groups):
             starts.append(rows)
             rows += parquet.metadata.row_group(group).num_rows
-        return RowFile(url, name, size, tuple(starts), rows), parquet.schema_arrow
+        return _believable(RowFile(url, name, size, tuple(starts), rows)), with_names(parquet.schema_arrow)
+
+
+def _believable(file: RowFile) -> RowFile:
+    """A file that promises a billion rows would be listed for days."""
+    if file.rows > file.bytes:
+        raise ConfigError(
+            f"{file.url}: claims {file.rows} rows of images in {file.bytes} bytes, which cannot be. Download or write it again."
+        )
+    return file
 
 
 def pieces(file: RowFile, columns: Sequence[str], row: int) -> Iterator[Piece]:
@@ -102,7 +111,7 @@ def _describe_arrow(url: str, name: str, size: int) -> tuple[RowFile, pa.Schema]
             "(`dataset.to_parquet`)."
         )
     with storage.open_read(url), explain_table_errors(url), _arrow_batches(url) as (schema, batches):
-        return RowFile(url, name, size, (0,), sum(len(batch) for batch in batches)), schema
+        return _believable(RowFile(url, name, size, (0,), sum(len(batch) for batch in batches))), with_names(schema)
 
 
 def _arrow_pieces(file: RowFile, columns: Sequence[str]) -> Iterator[Piece]:
