@@ -1,6 +1,7 @@
 """A folder of images: which files are taken, which sub-folders are classes, what is refused."""
 
 import os
+import re
 
 import pytest
 from builders import encoded, random_image, write_tar
@@ -47,6 +48,17 @@ def test_file_names_of_any_bytes_are_packed_and_shown_escaped(tmp_path):
         (r"caf\xe9.jpg", b"caf\xe9.jpg"),
         (r"é\n.jpg", "é\n.jpg".encode()),
     ]
+
+
+def test_an_image_that_changed_since_the_folder_was_listed_is_named(tmp_path):
+    write_images(tmp_path, 2)
+    source = open_source(str(tmp_path), Wanted())
+    (tmp_path / "cat" / "0000.jpg").write_bytes(b"xyz")
+    first, second = source.reader()(0, 2)
+    assert re.search(
+        r"cat/0000\.jpg: 3 bytes were read, its size was \d+: .* Run the same command again\.", first.problem
+    )
+    assert second.image
 
 
 FOLDERS = {

@@ -24,10 +24,11 @@ def open_source(source: str, wanted: Wanted) -> Source:
     fs, inner = storage.filesystem(source)
     with storage.explain_read_errors(source):
         is_folder, is_file = fs.isdir(inner), fs.isfile(inner)
+        size = int(fs.size(inner) or 0) if is_file else 0
     if is_folder:
         found: Source = _open_folder(source, wanted)
     elif is_file:
-        found = _open_file(source, int(fs.size(inner) or 0), wanted)
+        found = _open_file(source, size, wanted)
     elif any(character in source for character in "*?["):
         found = _open_glob(source, wanted)
     else:

@@ -17,6 +17,7 @@ ENTRIES = pa.schema(
         ("path", pa.large_binary()),  # below the root, or absolute, or a URL; bytes: a file name need not be UTF-8
         ("label", pa.int64()),
         ("caption", pa.large_binary()),
+        ("size", pa.int64()),  # of the file when it was listed; null where nobody listed it
     ]
 )
 REMOTE_READS = 16  # at a time, each one image; a local disk is asked for one
@@ -53,7 +54,7 @@ class FileSource:
         number, entry = numbered_entry
         path, row = os.fsdecode(entry["path"] or b""), number if self.numbered else None
         try:
-            data = _image_file(self._place(entry)) if path else None
+            data = _image_file(self._place(entry), entry["size"]) if path else None
         except StorageError as error:
             if error.may_pass and path_in_bucket(self._place(entry)):  # the store has it: ask again later
                 raise ShardError(str(error), may_pass=True) from error
@@ -65,9 +66,17 @@ def path_in_bucket(path: str) -> bool:
     return path.startswith(storage.BUCKETS)
 
 
-def _image_file(path: str) -> bytes:
+def _image_file(path: str, size: int | None) -> bytes:
     """At most one byte more than an image may have, in one request where the file is remote."""
+    limit = MAX_IMAGE_BYTES + 1
     try:
-        return storage.read_range(path, 0, MAX_IMAGE_BYTES + 1)
+        data = storage.read_range(path, 0, limit)
     except ValueError as error:  # a name that no file can have
         raise StorageError(f"{path}: cannot be opened ({error}). Correct the path.") from None
+    if size is not None and len(data) != min(size, limit):
+        raise StorageError(
+            f"{path}: {len(data)} bytes were read, its size was {size}: the connection was cut, or the file changed meanwhile. Run the "
+            "same command again.",
+            may_pass=not storage.is_local(path),
+        )
+    return data

@@ -81,16 +81,17 @@ def open_image_folder(folder: str, files: Sequence[ListedFile], wanted: Wanted) 
                 "captions (a CSV or Parquet manifest) in its place."
             )
     labels, classes = _labels([file.path for file in images], folder, wanted.labels)
-    paths = [os.fsencode(file.path) for file in images]
-    entries = pa.table(
-        [pa.array(paths, pa.large_binary()), pa.array(labels, pa.int64()), pa.nulls(len(paths), pa.large_binary())],
-        schema=ENTRIES,
-    )
+    columns = {
+        "path": pa.array([os.fsencode(file.path) for file in images], pa.large_binary()),
+        "label": pa.array(labels, pa.int64()),
+        "caption": pa.nulls(len(images), pa.large_binary()),
+        "size": pa.array([file.size for file in images], pa.int64()),
+    }
     digest = hashlib.sha256()
     for file in images:
         digest.update(os.fsencode(f"{file.path}\0{file.size}\0{file.modified}\0"))
     identity: dict[str, Any] = {"files": digest.hexdigest(), "labels": FOLDERS if classes else NONE}
-    return FileSource(folder, entries, classes, identity, _notes(files, len(images), classes))
+    return FileSource(folder, pa.table(columns, ENTRIES), classes, identity, _notes(files, len(images), classes))
 
 
 def _labels(paths: Sequence[str], folder: str, wanted: str) -> tuple[list[int | None], tuple[str, ...]]:

@@ -58,11 +58,14 @@ def _entries(table: pa.Table, columns: Columns, labels: Labels) -> pa.Table:
     """Rows of ENTRIES, chunk by chunk."""
     chunks = []
     for batch in table.to_batches(max_chunksize=1 << 16):
-        nothing = pa.nulls(len(batch), pa.large_binary())
         numbers = labels.numbers(batch.column(columns.label)) if columns.label else [None] * len(batch)
-        texts = captions(batch.column(columns.caption)) if columns.caption else nothing
-        paths = as_bytes(batch.column(columns.image))
-        chunk = [paths, pa.array(numbers, pa.int64()), pa.array(texts, pa.large_binary())]
+        texts = captions(batch.column(columns.caption)) if columns.caption else [None] * len(batch)
+        chunk = {
+            "path": as_bytes(batch.column(columns.image)),
+            "label": pa.array(numbers, pa.int64()),
+            "caption": pa.array(texts, pa.large_binary()),
+            "size": pa.nulls(len(batch), pa.int64()),
+        }
         chunks.append(pa.record_batch(chunk, schema=ENTRIES))
     return pa.Table.from_batches(chunks, ENTRIES)
 
