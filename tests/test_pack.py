@@ -17,7 +17,7 @@ from source_builders import hf_table, packed, write_images, write_parquet
 
 from sanitize.artifacts.folder_lock import folder_lock
 from sanitize.commands.pack import pack
-from sanitize.errors import ConfigError, RefusedError
+from sanitize.errors import ConfigError, RefusedError, StorageError
 from sanitize.runtime import Resources
 
 
@@ -188,6 +188,27 @@ def test_an_output_inside_the_source_is_refused(tmp_path):
         ConfigError, match=r"photos/shards: lies in .*photos, so the next run .* Give an --out outside of it"
     ):
         pack(str(tmp_path / "photos"), str(tmp_path / "photos" / "shards"))
+
+
+def test_an_output_that_a_pattern_would_find_again_is_refused(tmp_path):
+    write_parquet(tmp_path / "data" / "t.parquet", hf_table(2))
+    with pytest.raises(ConfigError, match=r"data/shards: lies in .*data, so the next run"):
+        pack(f"{tmp_path}/data/**/*.parquet", str(tmp_path / "data" / "shards"))
+
+
+def test_a_marker_that_cannot_be_read_says_what_to_delete(tmp_path):
+    write_images(tmp_path / "photos", 2)
+    pack(str(tmp_path / "photos"), str(tmp_path / "out"))
+    marker = tmp_path / "out" / "done" / "shard-000000.json"
+    whole = tree_bytes(tmp_path / "out")
+    marker.write_text("{}")
+    with pytest.raises(
+        StorageError, match=r"shard-000000\.json: missing shard, .* Delete it and run the same command again"
+    ):
+        pack(str(tmp_path / "photos"), str(tmp_path / "out"))
+    marker.unlink()
+    pack(str(tmp_path / "photos"), str(tmp_path / "out"))
+    assert tree_bytes(tmp_path / "out") == whole
 
 
 def test_a_folder_with_other_shards_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import random
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -160,6 +161,30 @@ COLUMNS = {  # what is asked for → words of the refusal
 def test_a_column_that_does_not_fit_is_refused(tmp_path, case):
     wanted, words = COLUMNS[case]
     refused(write_parquet(tmp_path / "t.parquet", table_of(label=[1, 2, 3], score=[0.5] * 3)), words, **wanted)
+
+
+def test_tables_without_images_are_refused(tmp_path):
+    write_parquet(tmp_path / "t.parquet", pa.table({"path": ["a.jpg"], "label": [1]}))
+    refused(
+        tmp_path, r"no column holds image bytes \(columns: path, label\)\. A table of paths is packed as a single file"
+    )
+
+
+def test_arrow_files_are_read_from_a_disk_alone(tmp_path):
+    save_to_disk(tmp_path, [hf_table(2)])
+    fsspec.filesystem("memory").put(f"{tmp_path}/", "/arrow-remote", recursive=True)
+    with pytest.raises(
+        ConfigError, match=r"memory://.*arrow: Arrow files are read from a local disk only\. Copy the folder"
+    ):
+        open_source("memory://arrow-remote", Wanted())
+
+
+def test_remote_parquet_is_read_as_local(tmp_path):
+    write_parquet(tmp_path / "t.parquet", hf_table(9))
+    fsspec.filesystem("memory").put(f"{tmp_path}/t.parquet", "/tables/data/t.parquet")
+    for place in ("memory://tables", "memory://tables/data/t.parquet", "memory://tables/**/*.parquet"):
+        source = open_source(place, Wanted())
+        assert [s.image for s in source.reader()(0, 9)] == [encoded(random_image(n)) for n in range(9)]
 
 
 def test_of_several_image_columns_one_must_be_named(tmp_path):

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from sanitize import storage
 from sanitize.artifacts.originals import FOLDER, read_originals
-from sanitize.artifacts.scan_folder import ScanFolder, ShardMarker
+from sanitize.artifacts.scan_folder import Run, ScanFolder, ShardMarker
 from sanitize.config import check
 from sanitize.errors import ConfigError, RefusedError, ShardError
 from sanitize.hashing import HashingWriter
@@ -65,13 +65,10 @@ def list_samples(scanned: str, file: str, *, only: str = "", originals: str = ""
     failed = [f"{stem}: was not split by pass 2. Run the same `sanitize scan` again." for stem in summary.shards_failed]
     samples = kept = known = 0
     with storage.atomic_write(file) as target, WRITERS[ending](target) as write:
-        for marker in folder.markers(sorted(run.shards)):
-            if marker.clean is None:
-                continue
-            try:
-                table = _shard_table(folder, marker, run.shard(marker.shard).url, originals)
-            except (ShardError, RefusedError) as error:
-                failed.append(str(error))
+        markers = [marker for marker in folder.markers(sorted(run.shards)) if marker.clean]
+        for table in storage.read_ahead(lambda marker: _table_or_error(folder, run, marker, originals), markers):
+            if isinstance(table, str):
+                failed.append(table)
                 continue
             chosen = table.filter(_wanted(table, only))
             write(chosen)
@@ -98,6 +95,13 @@ def _refuse_to_overwrite(folder: ScanFolder, file: str) -> None:
     taken = [storage.real(folder.at(name)) + "/" for name in ("scores", "decisions")]
     if place.startswith(tuple(taken)) or place.rsplit("/", 2)[-2] == FOLDER:
         raise ConfigError(f"{file}: lies where a command keeps its own tables. Name another file.")
+
+
+def _table_or_error(folder: ScanFolder, run: Run, marker: ShardMarker, packed: str) -> pa.Table | str:
+    try:
+        return _shard_table(folder, marker, run.shard(marker.shard).url, packed)
+    except (ShardError, RefusedError) as error:
+        return str(error)
 
 
 def _shard_table(folder: ScanFolder, marker: ShardMarker, url: str, packed: str) -> pa.Table:

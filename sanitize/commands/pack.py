@@ -23,7 +23,7 @@ from sanitize.hashing import HashingWriter
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 from sanitize.runtime import Resources
-from sanitize.sources import open_source
+from sanitize.sources import fixed_part, open_source
 from sanitize.sources.samples import ReadSamples, Source, SourceSample, Wanted
 from sanitize.stages.shards import add_member, end_archive
 from sanitize.workers import ProgressCallback, ShardFunction
@@ -89,10 +89,10 @@ def pack(
 
 
 def _refuse_inside(source: str, out: str) -> None:
-    inside = f"{storage.real(out).rstrip('/')}/".startswith(f"{storage.real(source).rstrip('/')}/")
-    if inside:
+    place = source if storage.exists(source) else fixed_part(source)
+    if f"{storage.real(out).rstrip('/')}/".startswith(f"{storage.real(place).rstrip('/')}/"):
         raise ConfigError(
-            f"{out}: lies in {source}, so the next run would take what this one writes for input. Give an --out outside of it."
+            f"{out}: lies in {place}, so the next run would take what this one writes for input. Give an --out outside of it."
         )
 
 

@@ -1,6 +1,5 @@
 """What `sanitize pack` makes shards of, by what is there: image files, a manifest of them, or tables with images in them."""
 
-import fnmatch
 from collections.abc import Sequence
 
 import pyarrow.parquet as pq
@@ -55,29 +54,24 @@ def _holds_images(path: str, wanted: Wanted) -> bool:
 
 
 def _open_glob(pattern: str, wanted: Wanted) -> Source:
-    root = pattern[: min(pattern.index(character) for character in "*?[" if character in pattern)].rsplit("/", 1)[0]
-    below = pattern[len(root) + 1 :]
-    tables = [file for file in list_folder(root) if _matches(file.path, below) and file.path.endswith(".parquet")]
+    fs, inner = storage.filesystem(pattern)
+    with storage.explain_read_errors(pattern):
+        found = fs.glob(inner, detail=True)
+    root = fixed_part(inner)
+    tables = [
+        ListedFile(path[len(root) + 1 :], int(info["size"] or 0), "")
+        for path, info in sorted(found.items())
+        if path.endswith(".parquet")
+    ]
     if not tables:
-        raise ConfigError(
-            f"{pattern}: matches no .parquet file. A pattern means Parquet files; give a folder for {KINDS}."
-        )
-    return _open_tables(root, tables, wanted)
+        raise ConfigError(f"{pattern}: matches no .parquet file. A pattern means Parquet files; else give {KINDS}.")
+    return _open_tables(fixed_part(pattern), tables, wanted)
 
 
-def _matches(path: str, pattern: str) -> bool:
-    """As a shell does: * stays within one folder; ** is any number of them."""
-    parts, patterns = path.split("/"), pattern.split("/")
-    if "**" in patterns:
-        place = patterns.index("**")
-        head, tail = patterns[:place], patterns[place + 1 :]
-        fits = len(parts) >= len(head) + len(tail)
-        return fits and _all_match(parts[: len(head)], head) and _all_match(parts[len(parts) - len(tail) :], tail)
-    return _all_match(parts, patterns)
-
-
-def _all_match(parts: Sequence[str], patterns: Sequence[str]) -> bool:
-    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
+def fixed_part(pattern: str) -> str:
+    """The folder that a pattern begins in; of a path without one the path itself."""
+    places = [pattern.index(character) for character in "*?[" if character in pattern]
+    return pattern[: min(places)].rsplit("/", 1)[0] if places else pattern
 
 
 def _open_folder(folder: str, wanted: Wanted) -> Source:
