@@ -16,7 +16,7 @@ from sanitize.errors import SanitizeError
 EXIT_CODES = """\b
 Exit codes:
   0    done
-  1    finished, but some shards failed or are damaged (named); verify: problems were found
+  1    finished, but some shards failed or are damaged, or some samples cannot be read (named); verify: problems were found
   2    usage or configuration
   3    refused, because the result would probably harm you (--force overrides)
   130  interrupted (Ctrl-C), 143 terminated (SIGTERM): what is finished is kept

@@ -199,6 +199,11 @@ def test_more_texts_than_classes_can_be_are_refused(tmp_path, monkeypatch):
     refused(path, "{at}, column label: holds more than 2 different texts, which are no classes. .* --labels none")
 
 
+def test_a_table_whose_name_cannot_be_shown_is_refused(tmp_path):
+    write_parquet(tmp_path / "a\x1b[2J.parquet", hf_table(2))
+    refused(tmp_path, r"{at}/a\\x1b\[2J\.parquet: its name holds control characters or is not UTF-8\. Rename it")
+
+
 def test_files_with_other_columns_are_refused(tmp_path):
     write_parquet(tmp_path / "a.parquet", hf_table(2))
     write_parquet(tmp_path / "b.parquet", hf_table(2).drop_columns("label"))

@@ -110,6 +110,10 @@ def _open_by_endings(folder: str, files: Sequence[ListedFile], wanted: Wanted) -
 
 
 def _open_tables(folder: str, files: Sequence[ListedFile], wanted: Wanted) -> Source:
+    if odd := [file.path for file in files if printable(file.path) != file.path]:
+        raise ConfigError(
+            f"{folder}/{printable(odd[0])}: its name holds control characters or is not UTF-8. Rename it."
+        )
     return open_rows([(storage.join(folder, file.path), file.path, file.size) for file in files], wanted)
 
 

@@ -57,7 +57,7 @@ class FileSource:
             data = _image_file(self._place(entry), entry["size"]) if path else None
         except StorageError as error:
             if error.may_pass and path_in_bucket(self._place(entry)):  # the store has it: ask again later
-                raise ShardError(str(error), may_pass=True) from error
+                raise ShardError(printable(str(error)), may_pass=True) from error
             return SourceSample(printable(path), row, None, "", problem=printable(str(error)))
         return image_sample(printable(path), row, path, data, entry["label"], entry["caption"])
 

@@ -27,6 +27,7 @@ from sanitize.sources.columns import (
 )
 from sanitize.sources.files import ENTRIES, FileSource
 from sanitize.sources.samples import Wanted
+from sanitize.stages.shards import printable
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
@@ -38,14 +39,14 @@ def open_manifest(path: str, wanted: Wanted) -> FileSource:
     labels = Labels(names=class_names(schema, columns.label))
     if columns.label and holds_text(schema.field(columns.label).type):
         chunks = table.column(columns.label).chunks
-        labels = text_labels(distinct_texts(chunks, f"{path}, column {columns.label}"))
+        labels = text_labels(distinct_texts(chunks, f"{path}, column {printable(columns.label)}"))
     identity: dict[str, Any] = {
         "files": storage.file_sha256(path),
         "images": columns.image,
         "labels": columns.label,
         "captions": columns.caption,
     }
-    taken = [f"{what} from column {name}" for what, name in _named(columns).items() if name]
+    taken = [f"{what} from column {printable(name)}" for what, name in _named(columns).items() if name]
     folder = path.rsplit("/", 1)[0]
     return FileSource(folder, _entries(table, columns, labels), labels.names, identity, tuple(taken), numbered=True)
 

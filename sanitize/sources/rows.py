@@ -66,7 +66,9 @@ def open_rows(files: Sequence[tuple[str, str, int]], wanted: Wanted) -> RowSourc
     for file, other in described:
         for name in columns.all:
             if name not in other.names or other.field(name).type != schema.field(name).type:
-                raise ConfigError(f"{file.url}: its column {name} is not that of {where}. Pack them into two folders.")
+                raise ConfigError(
+                    f"{file.url}: its column {printable(name)} is not that of {where}. Pack them into two folders."
+                )
     found = tuple(file for file, _ in described)
     if sum(file.rows for file in found) > MAX_SAMPLES:
         raise ConfigError(f"{where}: holds more than {MAX_SAMPLES} rows. Pack its files into several folders.")
@@ -78,7 +80,7 @@ def open_rows(files: Sequence[tuple[str, str, int]], wanted: Wanted) -> RowSourc
 def _labels(files: Sequence[RowFile], schema: pa.Schema, label: str) -> Labels:
     if label and holds_text(schema.field(label).type):
         arrays = (array for file in files for array in arrow_arrays(file, label))
-        return text_labels(distinct_texts(arrays, f"{files[0].url}, column {label}"))
+        return text_labels(distinct_texts(arrays, f"{files[0].url}, column {printable(label)}"))
     return Labels(names=class_names(schema, label))
 
 
