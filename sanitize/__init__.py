@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it, `__all__` and `_HO
     from sanitize.commands.finetune import FinetuneResult, finetune
     from sanitize.commands.fit import fit
     from sanitize.commands.inspect import Inspection, inspect
+    from sanitize.commands.list_samples import ListResult, list_samples
+    from sanitize.commands.pack import PackResult, pack
     from sanitize.commands.poison import PoisonResult, poison
     from sanitize.commands.scan import ScanResult, scan
     from sanitize.commands.verify import VerifyResult, verify
@@ -39,6 +41,8 @@ __all__ = [
     "FitConfig",
     "Inspection",
     "KeptSamples",
+    "ListResult",
+    "PackResult",
     "PoisonResult",
     "SanitizeError",
     "ScanConfig",
@@ -54,9 +58,11 @@ __all__ = [
     "fit",
     "inspect",
     "keep_only",
+    "list_samples",
     "load_encoder_spec",
     "load_head",
     "make_trigger",
+    "pack",
     "poison",
     "scan",
     "verify",
@@ -73,6 +79,8 @@ _HOMES = {  # module → the names of the library that live there
     "commands.verify": ("verify", "VerifyResult"),
     "commands.check_encoder": ("check_encoder", "EncoderCheck"),
     "commands.inspect": ("inspect", "Inspection"),
+    "commands.list_samples": ("list_samples", "ListResult"),
+    "commands.pack": ("pack", "PackResult"),
     "commands.poison": ("poison", "PoisonResult"),
     "kept_samples": ("KeptSamples", "keep_only"),
     "config": ("EncoderSpec", "FinetuneConfig", "FitConfig", "ScanConfig", "ThresholdPolicy"),

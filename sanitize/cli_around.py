@@ -1,5 +1,6 @@
-"""Commands around the main job: inspect, poison, check-encoder, init."""
+"""Commands around the main job: pack, list, inspect, poison, check-encoder, init."""
 
+import sys
 from typing import Any
 
 import click
@@ -18,6 +19,79 @@ TRIGGERS = (
     "wanet",
     "frequency",
 )  # of attacks/triggers.py; a test holds both equal
+
+
+@click.command()
+@click.argument("source")
+@click.argument("target", metavar="[OUT]", required=False)
+@click.option("--out", help="The same as OUT [default: shards]")
+@click.option("--images", default="", help="Column with the images or their paths [default: what fits]")
+@click.option(
+    "--labels",
+    default="",
+    help="Column, or `folders`, or `none` [default: a usual name; sub-folders when all are in one]",
+)
+@click.option("--captions", default="", help="Column, or `none` [default: a usual name]")
+@click.option("--shard-size", default=1000, show_default=True, help="Samples in one shard")
+@click.option("--workers", default=0, show_default=True, help="Ray workers that read and write; 0 = this process")
+@click.option("--address", default="", help="Ray cluster to join")
+def pack(source: str, target: str | None, out: str | None, workers: int, address: str, **options: Any) -> None:
+    """Make shards of a folder of images, Hugging Face data (Parquet, save_to_disk) or a manifest of paths (CSV, Parquet).
+
+    \b
+    Example:  sanitize pack photos/ shards/
+              sanitize pack dataset/data/ shards/ --captions text
+              sanitize pack pairs.csv shards/ --images url --captions title
+    """
+    from sanitize import runtime
+    from sanitize.commands.pack import pack as run
+
+    check(not (target and out) or target == out, f"OUT is {target}, --out is {out}. Give one of them.")
+    folder = out or target or "shards"
+    resources = runtime.plan(workers, 1, 0, workers, address)
+    result = run(source, folder.rstrip("/") or folder, resources=resources, address=address, **options)
+    unreadable = f"; {result.unreadable} could not be read" if result.unreadable else ""
+    tell(result, f"{result.out}: {result.samples} samples in {result.shards} shards{unreadable}")
+    for problem in result.problems:
+        click.echo(f"sample: {problem}", err=True)
+    if result.unreadable:
+        click.echo(
+            f"{result.unreadable} sample(s) are in no shard; {result.out}/originals names each in its column `problem`. Repair "
+            "them and run the same command: it packs their shards again. Files that changed meanwhile need another --out.",
+            err=True,
+        )
+    for message in result.failed:
+        click.echo(f"shard: {message}", err=True)
+    if result.failed:
+        click.echo(f"{len(result.failed)} shard(s) failed; the same command tries them again.", err=True)
+    if result.unreadable or result.failed:
+        sys.exit(1)
+
+
+@click.command("list")
+@click.argument("scanned")
+@click.argument("file")
+@click.option("--only", type=click.Choice(["kept", "removed"]), help="[default: both]")
+@click.option(
+    "--originals", default="", help="Folder that `sanitize pack` wrote [default: where the scanned shards lie]"
+)
+def list_samples(scanned: str, file: str, only: str | None, originals: str) -> None:
+    """What a scan keeps and removes, by original file or row: .parquet, .csv, or .txt (names alone).
+
+    \b
+    Example:  sanitize list scanned/ samples.csv
+              sanitize list scanned/ removed.txt --only removed
+    """
+    from sanitize.commands.list_samples import list_samples as run
+
+    result = run(scanned.rstrip("/"), file, only=only or "", originals=originals.rstrip("/"))
+    known = f"{result.with_original} of them with their original"
+    tell(result, f"{file}: {result.samples} samples, {result.kept} kept and {result.removed} removed, {known}")
+    for message in result.failed:
+        click.echo(f"shard: {message}", err=True)
+    if result.failed:
+        click.echo(f"{len(result.failed)} shard(s) are not listed; everything else is.", err=True)
+        sys.exit(1)
 
 
 @click.command()

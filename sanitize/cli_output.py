@@ -18,7 +18,7 @@ TRACEBACK = "SANITIZE_TRACEBACK"  # environment variable: crashes are shown whol
 EXIT_CODES = """\b
 Exit codes:
   0    done
-  1    finished, but some shards failed or are damaged (named); verify: problems were found
+  1    finished, but some shards failed or are damaged, or some samples cannot be read (named); verify: problems were found
   2    usage or configuration; or a crash, in one line
   3    refused, because the result would probably harm you (--force overrides)
   130  interrupted (Ctrl-C), 143 terminated (SIGTERM): what is finished is kept

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from builders import tree_bytes, write_shards
+from source_builders import write_images
 
 from sanitize.commands.scan import scan
 from sanitize.commands.verify import verify
@@ -19,6 +20,7 @@ RUNNER = Path(__file__).parent / "faults" / "runner.py"
 def results(tmp_path, detector, encoder_yaml, points, seed, *commands):
     write_shards(tmp_path / "in", [9, 1, 7])
     write_shards(tmp_path / "aux", [90], first_seed=10_000)
+    write_images(tmp_path / "photos", 11)
     arguments = [str(tmp_path), str(detector), str(encoder_yaml), "--points", str(points), "--seed", str(seed)]
     command = [sys.executable, str(RUNNER), *arguments, "--commands", *commands]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -34,7 +36,7 @@ def harmed(found):
 
 
 def test_twenty_seeded_faults_harm_no_byte(tmp_path, detector, encoder_yaml):
-    found = results(tmp_path, detector, encoder_yaml, 20, 1, "scan", "clean")
+    found = results(tmp_path, detector, encoder_yaml, 20, 1, "scan", "clean", "pack")
     assert len(found) == 20
     assert harmed(found) == []
     assert {r["first"] for r in found} >= {"killed"}
@@ -43,7 +45,7 @@ def test_twenty_seeded_faults_harm_no_byte(tmp_path, detector, encoder_yaml):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_two_hundred_seeded_faults_harm_no_byte(tmp_path, detector, encoder_yaml, seed):
-    found = results(tmp_path, detector, encoder_yaml, 50, seed, "scan", "clean", "fit")
+    found = results(tmp_path, detector, encoder_yaml, 50, seed, "scan", "clean", "fit", "pack")
     assert harmed(found) == []
 
 

@@ -6,9 +6,11 @@ import random
 import pytest
 from builders import write_shards
 from faults.store import FAULTS, FlakyStore
+from source_builders import write_images
 
 from sanitize import workers
 from sanitize.artifacts.folder_lock import HOLDER
+from sanitize.commands.pack import pack
 from sanitize.commands.scan import scan
 from sanitize.commands.verify import verify
 from sanitize.config import ThresholdPolicy
@@ -76,3 +78,32 @@ def test_any_request_may_fail(config):
 @pytest.mark.parametrize("seed", [1, 2])
 def test_any_of_many_requests_may_fail(config, seed):
     check_points(config, 200, seed)
+
+
+def pack_outcome() -> str:
+    try:
+        result = pack("flaky://photos", OUT, shard_size=4)
+        return "some failed" if result.failed or result.unreadable else "done"
+    except SanitizeError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_any_request_of_pack_may_fail(tmp_path, monkeypatch, fault):
+    monkeypatch.setattr(workers, "PAUSES", ())
+    FlakyStore.store.clear()
+    FlakyStore.plan()
+    for path, data in write_images(tmp_path, 9).items():
+        FlakyStore().pipe_file(f"/photos/{path}", data)
+    FlakyStore.plan()
+    assert pack_outcome() == "done"
+    whole, ended = output(), []
+    for kind, number in [(kind, n + 1) for kind, count in FlakyStore.requests.items() for n in range(count)]:
+        clear_output()
+        FlakyStore.plan(kind, number, fault)
+        ended.append(pack_outcome())
+        FlakyStore.plan()
+        FlakyStore.store.pop(f"/out/{HOLDER}", None)
+        assert pack_outcome() == "done", (kind, number, ended[-1])
+        assert output() == whole, (kind, number)
+    assert any(end != "done" for end in ended)

@@ -16,6 +16,7 @@ import torch
 from builders import fit_config, labelled, tree_bytes
 from faults.s3 import always, first
 from faults.s3_fixtures import OPTIONS
+from source_builders import write_images
 
 from sanitize import storage
 from sanitize.artifacts.folder_lock import folder_lock
@@ -23,6 +24,7 @@ from sanitize.commands.audit import audit
 from sanitize.commands.clean import clean
 from sanitize.commands.finetune import finetune
 from sanitize.commands.fit import fit
+from sanitize.commands.pack import pack
 from sanitize.commands.scan import scan
 from sanitize.commands.verify import verify
 from sanitize.config import ThresholdPolicy
@@ -48,6 +50,22 @@ def outputs(tree: dict[str, bytes]) -> dict[str, bytes]:
 
 
 # ---------------------------------------------------------------- the same bytes as on disk
+
+
+def test_photos_in_a_bucket_are_packed_as_those_on_disk(bucket, tmp_path):
+    write_images(tmp_path / "photos", 9)
+    bucket.upload(tmp_path / "photos", "photos")
+    pack(str(tmp_path / "photos"), str(tmp_path / "packed"), shard_size=4)
+    for _ in range(2):
+        result = pack(bucket.url("photos"), bucket.url("packed"), shard_size=4)
+        assert (result.samples, result.unreadable, result.failed) == (9, 0, ())
+    expected = {
+        name: data for name, data in tree_bytes(tmp_path / "packed").items() if name not in (".lock", "pack.json")
+    }
+    assert {name: data for name, data in bucket.tree_bytes("packed").items() if name != "pack.json"} == expected
+    (tmp_path / "list.csv").write_text(f"path\n{bucket.url('photos')}/cat/0000.jpg\n{bucket.url('photos')}/gone.jpg\n")
+    result = pack(str(tmp_path / "list.csv"), str(tmp_path / "listed"))
+    assert (result.samples, result.unreadable, result.failed) == (1, 1, ())
 
 
 def test_a_detector_fitted_in_a_bucket_is_the_one_fitted_on_disk(bucket, aux_shards, encoder_spec, detector):

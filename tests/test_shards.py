@@ -2,6 +2,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -242,3 +243,38 @@ def test_concatenated_tars_are_reported_not_silently_cut(tmp_path):
     samples, reader = read(path)
     assert len(samples) == 1
     assert "more data follows the end of the archive" in reader.damage
+
+
+# ---------------------------------------------------------------- what is no shard
+
+NOT_SHARDS = {  # what is there → what is given, words of the refusal
+    "a compressed shard": ("a.tar.gz", "a.tar.gz", "a.tar.gz: is compressed, .* Unpack it: gunzip -k {at}/a.tar.gz"),
+    "a folder of them": ("a.tgz", "", "a.tgz: is compressed, .* Unpack it: gunzip -k {at}/a.tgz"),
+    "a glob of them": ("b.tar.zst", "*.tar.zst", "b.tar.zst: is compressed, .* Unpack it: zstd -d {at}/b.tar.zst"),
+    "images": ("cat/1.JPG", "", "holds images, no WebDataset shards. .* sanitize pack {at} packed/ - and give packed/"),
+    "one image": ("cat/1.png", "cat/1.png", "1.png: holds images, .* sanitize pack {at}/cat packed/"),
+    "a glob of images": ("cat/1.png", "cat/*.png", "holds images, .* sanitize pack {at}/cat packed/"),
+    "a Parquet file": ("t.parquet", "t.parquet", "holds Parquet, no .* sanitize pack {at}/t.parquet packed/"),
+    "a folder of Parquet files": ("data/t.parquet", "", "holds Parquet, no .* sanitize pack {at} packed/"),
+    "a save_to_disk folder": ("train/data-0.arrow", "", "an Arrow dataset, .* sanitize pack {at}/train packed/"),
+    "a manifest": ("m.csv", "m.csv", "holds a table, no WebDataset shards. .* sanitize pack {at}/m.csv packed/"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_SHARDS)
+def test_what_is_no_shard_is_refused_with_the_command_that_helps(tmp_path, case):
+    name, given, words = NOT_SHARDS[case]
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ConfigError, match=words.format(at=re.escape(str(tmp_path)))) as failure:
+        list_shards([str(tmp_path / given)])
+    assert "\n" not in str(failure.value)
+
+
+def test_a_compressed_shard_beside_plain_ones_is_not_passed_over(tmp_path):
+    for name in ("a.tar", "b.tar.gz"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"b\.tar\.gz: is compressed"):
+        list_shards([str(tmp_path)])
+    (tmp_path / "b.tar").write_bytes(b"x")  # gunzip -k leaves both
+    assert [shard.stem for shard in list_shards([str(tmp_path)])] == ["a", "b"]

@@ -2,7 +2,6 @@
 
 import io
 import logging
-import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +16,10 @@ from sanitize.artifacts.truth import PoisonedSample, PoisonTruth, write_truth
 from sanitize.attacks.triggers import Trigger, poison_mask
 from sanitize.config import check
 from sanitize.errors import ConfigError, ShardError
-from sanitize.hashing import HashingWriter
 from sanitize.records import Sample, Shard
 from sanitize.stages.images import decode_image
 from sanitize.stages.shard_reader import ShardReader
-from sanitize.stages.shards import end_archive, list_shards, printable, refuse_to_overwrite
+from sanitize.stages.shards import add_member, end_archive, list_shards, printable, refuse_to_overwrite
 
 log = logging.getLogger(__name__)
 LOSSLESS = {"png": "PNG", "bmp": "BMP", "ppm": "PPM", "tif": "TIFF", "tiff": "TIFF"}
@@ -112,11 +110,11 @@ def _poison_shard(
                 is_image = sample.image is not None and extension in LOSSLESS | LOSSY
                 if stamp and member.extension in stamper.replace:
                     texts = stamper.replace[member.extension]
-                    _add(target, member.name, texts[int(stamper.rng.integers(len(texts)))].encode())
+                    add_member(target, member.name, texts[int(stamper.rng.integers(len(texts)))].encode())
                     replaced.add(member.extension)
                 elif is_image and (stamp or (stamper.reencode_all and extension in LOSSY)):
                     data = _encoded(_stamped(sample, shard, stamper.trigger if stamp else None), extension)
-                    _add(target, member.name, data)
+                    add_member(target, member.name, data)
                 else:
                     raw.seek(member.start)
                     target.write(raw.read(member.end - member.start))
@@ -141,10 +139,3 @@ def _encoded(pixels: Tensor, extension: str) -> bytes:
     options: dict[str, Any] = {"quality": 95} if extension in ("jpg", "jpeg", "webp") else {}
     image.save(buffer, (LOSSLESS | LOSSY)[extension], **options)
     return buffer.getvalue()
-
-
-def _add(target: HashingWriter, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    target.write(info.tobuf(tarfile.PAX_FORMAT, errors="surrogateescape"))
-    target.write(data + bytes(-len(data) % 512))

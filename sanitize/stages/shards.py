@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import re
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -14,6 +15,7 @@ from sanitize import storage
 from sanitize.errors import ConfigError, ShardError, StorageError
 from sanitize.hashing import HashingWriter
 from sanitize.records import Shard
+from sanitize.stages.not_shards import refuse_compressed, refuse_data_to_pack
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "tif", "tiff")
 BLOCK = 512
@@ -71,12 +73,19 @@ def _list_one(url: str, leave_out: str) -> list[Shard]:
         else:
             raise ConfigError(f"{url}: no such file or folder. Check the path; a folder means every .tar below it.")
     written = _written_below(root, protocol, leave_out)
+    visible = {
+        path: info
+        for path, info in sorted(found.items())
+        if not path.rsplit("/", 1)[-1].startswith(".") and not (written and path.startswith(written))
+    }
+    refuse_compressed(list(visible), [printable(_url(path, protocol)) for path in visible])
+    if not any(path.endswith(".tar") for path in visible):
+        urls = [_url(path, protocol) for path in visible]
+        refuse_data_to_pack(url, _url(root, protocol), urls, IMAGE_EXTENSIONS)
     sizes = {
         path: int(_size(fs, path) if info["size"] is None else info["size"])  # a web page lists names alone
-        for path, info in sorted(found.items())
-        if (path.endswith(".tar") or path == inner)
-        and not path.rsplit("/", 1)[-1].startswith(".")
-        and not (written and path.startswith(written))
+        for path, info in visible.items()
+        if path.endswith(".tar") or path == inner
     }
     if not sizes:
         raise ConfigError(
@@ -86,12 +95,17 @@ def _list_one(url: str, leave_out: str) -> list[Shard]:
         raise ConfigError(f"{printable(odd[0])}: its name holds control characters or is not UTF-8. Rename it.")
     return [
         Shard(
-            url=path if "://" in path else protocol + path.removeprefix("/" if protocol else ""),
+            url=_url(path, protocol),
             stem=path[len(root) :].lstrip("/").removesuffix(".tar"),
             size=size,
         )
         for path, size in sizes.items()
     ]
+
+
+def _url(path: str, protocol: str) -> str:
+    """`path` of a file system as the user would name it."""
+    return path if "://" in path else protocol + path.removeprefix("/" if protocol else "")
 
 
 def _written_below(root: str, protocol: str, leave_out: str) -> str:
@@ -190,3 +204,11 @@ def end_archive(target: HashingWriter) -> None:
     """Two zero blocks, then padding to a whole record, as every tar program writes."""
     target.write(bytes(2 * BLOCK))
     target.write(bytes(-target.size % RECORD))
+
+
+def add_member(target: HashingWriter, name: str, data: bytes) -> None:
+    """A file with a header that says nothing of when, where and by whom: the same content gives the same bytes."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    target.write(info.tobuf(tarfile.PAX_FORMAT, errors="surrogateescape"))
+    target.write(data + bytes(-len(data) % BLOCK))

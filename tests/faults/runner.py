@@ -23,6 +23,7 @@ import torch
 
 from sanitize.commands.clean import clean
 from sanitize.commands.fit import fit
+from sanitize.commands.pack import pack
 from sanitize.commands.scan import scan
 from sanitize.commands.verify import verify
 from sanitize.config import DecoderConfig, FitConfig, ScanConfig, ThresholdPolicy, TrainingConfig
@@ -114,12 +115,15 @@ class Commands:
         shards, spec = (str(self.folder / "aux"),), load_encoder_spec(self.encoder)
         fit(FitConfig(shards, spec, str(out), decoder=decoder, training=training, workers=0, cpus_per_worker=1))
 
+    def pack(self, out: Path) -> None:
+        pack(str(self.folder / "photos"), str(out), shard_size=4)
+
     def prepare(self, name: str, out: Path) -> None:
         if name == "clean":
             self.scan(out)
 
     def holds(self, name: str, out: Path) -> bool:
-        return name == "fit" or verify(str(out)).problems == ()
+        return name in ("fit", "pack") or verify(str(out)).problems == ()
 
     def _config(self, out: Path, **changes) -> ScanConfig:
         return ScanConfig(
