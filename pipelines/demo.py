@@ -32,14 +32,14 @@ def main() -> None:
     shutil.rmtree(OUT, ignore_errors=True)
     write_shards()
     command("poison", "demo/incoming", "--rate", "0.02", "--set", "side=8", "--out", "demo/poisoned")
-    announce(start, "pre-train a small encoder and backdoor it", 60)
+    announce(start, "pre-train a small encoder and backdoor it", 40)
     run("python -m pipelines.red_team", red_team.main, CONFIG, "--zoo", "demo/zoo", "--out", "demo/victim")
-    announce(start, "start Ray, learn what clean images look like to the backdoored encoder", 100)
+    announce(start, "start Ray, learn what clean images look like to the backdoored encoder", 60)
     with runtime.ray_session(""):
         # a thousand images are few: more epochs and smaller batches than the default, which is meant for ten thousand or more
         small = ("--set", "training.epochs=20", "--set", "training.batch_size=32")
         command("fit", "demo/aux", "--encoder", ENCODER, "--out", "demo/detector", *small)
-        announce(start, "score every incoming sample, split the shards, report", 25)
+        announce(start, "score every incoming sample, split the shards, report", 15)
         command("scan", "demo/poisoned", "--detector", "demo/detector", "--out", "demo/scanned")
         command("audit", "demo/scanned", "--truth", "demo/poisoned/poison.json")
         command("verify", "demo/scanned")
@@ -70,7 +70,7 @@ def write_shards(size: int = 500) -> None:
 
 
 def announce(start: float, what: str, seconds: int) -> None:
-    """seconds: measured on one core, in bf16, while other work shared it (the machine of docs/results.md)"""
+    """seconds: measured on two cores, in bf16 and in fp32 with AVX2 kernels (the machine of docs/results.md)"""
     print(f"\n--- {time.monotonic() - start:.0f} s: {what}, about {seconds} s", flush=True)
 
 
