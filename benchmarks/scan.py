@@ -28,6 +28,7 @@ from sanitize.stages.encoders import build_backbone
 from sanitize.stages.images import decode_sample
 from sanitize.stages.precision import autocast
 from sanitize.stages.prefetch import image_batches
+from sanitize.stages.preprocessing import complete_spec
 from sanitize.stages.shard_reader import ShardReader
 from sanitize.stages.shards import list_shards
 
@@ -38,7 +39,7 @@ CIFAR = EncoderSpec("resnet18-cifar", image_size=32, mean=(0.4914, 0.4822, 0.446
 
 def detector_for(spec: EncoderSpec, name: str) -> Path:
     """A detector for an encoder with random weights: speed does not depend on their values."""
-    folder = OUT / name
+    folder, spec = OUT / name, complete_spec(spec)
     if not (folder / "detector" / "detector.json").exists():
         torch.manual_seed(0)
         folder.mkdir(parents=True, exist_ok=True)
