@@ -23,7 +23,7 @@ from sanitize import storage
 from sanitize.artifacts import run_record
 from sanitize.config import ThresholdPolicy
 from sanitize.config_loading import from_mapping, to_mapping
-from sanitize.errors import ConfigError, StorageError
+from sanitize.errors import ConfigError, RefusedError, StorageError
 from sanitize.hashing import HashingWriter
 from sanitize.records import Shard
 from sanitize.stages.decision_table import Decisions, read_decisions
@@ -267,6 +267,10 @@ class ScanFolder:
     def decisions(self, marker: ShardMarker) -> Decisions:
         """Of a shard that was split. Raises RefusedError when the file is not the one that was committed."""
         name = self.decisions_name(marker.shard)
+        if name not in marker.files:
+            raise RefusedError(
+                f"{self.at(name)}: missing, an earlier version split this shard. Run `sanitize clean {self.path}` once."
+            )
         return Decisions.of(read_decisions(self.at(name), marker.files[name].sha256))
 
     def scored_shard(
