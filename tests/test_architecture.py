@@ -1,6 +1,7 @@
 """Imports point one way (contracts in pyproject.toml), every config loads, modules stay small."""
 
 import ast
+import re
 import shutil
 import statistics
 import subprocess
@@ -121,3 +122,11 @@ def test_every_config_loads(path):
 
 def test_the_settings_name_the_scorers_that_there_are():
     assert set(config.SCORERS) == set(scoring.SCORERS)
+
+
+def test_parquet_is_read_in_one_place():
+    """By threads of Arrow's own a process that ends soon after is aborted now and then; see sanitize/parquet.py."""
+    readers = [
+        path for path in MODULES if re.search(r"pq\.read_table|ParquetDataset|pyarrow\.dataset", path.read_text())
+    ]
+    assert readers == []

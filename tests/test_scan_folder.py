@@ -2,8 +2,6 @@
 
 import json
 import math
-import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +30,6 @@ from sanitize.commands.scan import scan
 from sanitize.commands.verify import verify
 from sanitize.config import ThresholdPolicy
 from sanitize.errors import ConfigError, RefusedError, StorageError
-from sanitize.kept_samples import KeptSamples
 from sanitize.records import Shard
 from sanitize.stages import decision_table
 from sanitize.stages.decision_table import Decisions, read_decisions, write_decisions
@@ -272,30 +269,6 @@ def test_a_shard_that_is_not_split_as_decided_is_found_and_mended(shards, scan_c
     clean(str(out), TENTH)
     assert verify(str(out)).problems == ()
     assert tree_bytes(out) == tree_bytes(tmp_path / "expected")
-
-
-def test_a_folder_that_an_earlier_version_split_is_refused_in_words_and_mended_by_clean(shards, scan_config, tmp_path):
-    """0.1.0 wrote one decisions.parquet, no markers.jsonl, and no rule."""
-    scan(scan_config(shards, policy=TENTH))
-    out, expected = tmp_path / "scanned", tree_bytes(tmp_path / "scanned")
-    shutil.rmtree(out / "decisions")
-    (out / "markers.jsonl").unlink()
-    for path in (out / "done").iterdir():
-        marker = json.loads(path.read_text())
-        del marker["files"][f"decisions/{path.stem}.parquet"], marker["clean"]["rule"]
-        path.write_text(json.dumps(marker))
-    summary = json.loads((out / "summary.json").read_text())
-    for key in ("rule", "markers_sha256", "together"):
-        del summary[key]
-    (out / "summary.json").write_text(json.dumps(summary | {"decisions_sha256": "00"}))
-    words = r"part-0000\.parquet: missing, an earlier version split this shard\. Run `sanitize clean .*scanned` once\."
-    with pytest.raises(RefusedError, match=words):
-        next(iter(KeptSamples(str(out))))
-    assert re.search(words, verify(str(out)).problems[0])
-    before = {path: path.stat().st_mtime_ns for path in (out / "clean").iterdir()}
-    clean(str(out), TENTH)
-    assert tree_bytes(out) == expected
-    assert {path: path.stat().st_mtime_ns for path in (out / "clean").iterdir()} == before  # nothing was copied again
 
 
 def test_a_shard_that_was_never_split_is_found(shards, scan_config, tmp_path):

@@ -1,6 +1,7 @@
 """`sanitize verify`: what is damaged is named; repaired and scanned again, every byte is back."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -9,9 +10,12 @@ from click.testing import CliRunner
 
 from sanitize import storage
 from sanitize.cli import main
+from sanitize.commands.clean import clean
 from sanitize.commands.scan import scan
 from sanitize.commands.verify import verify
 from sanitize.config import ThresholdPolicy
+from sanitize.errors import RefusedError
+from sanitize.kept_samples import KeptSamples
 
 POLICY = ThresholdPolicy("fraction", fraction=0.2)
 
@@ -114,3 +118,27 @@ def test_the_command_says_what_was_deleted_and_what_to_run(out):
         "scores/part-0000.parquet: content differs from what was committed. Run `sanitize verify --rep" in result.output
     )
     assert "5 files deleted. Run the same `sanitize scan` again; it writes them anew." in result.output
+
+
+def test_a_folder_that_an_earlier_version_split_is_refused_in_words_and_mended_by_clean(shards, scan_config, tmp_path):
+    """0.1.0 wrote one decisions.parquet, no markers.jsonl, and no rule."""
+    scan(scan_config(shards, policy=POLICY))
+    out, expected = tmp_path / "scanned", tree_bytes(tmp_path / "scanned")
+    shutil.rmtree(out / "decisions")
+    (out / "markers.jsonl").unlink()
+    for path in (out / "done").iterdir():
+        marker = json.loads(path.read_text())
+        del marker["files"][f"decisions/{path.stem}.parquet"], marker["clean"]["rule"]
+        path.write_text(json.dumps(marker))
+    summary = json.loads((out / "summary.json").read_text())
+    for key in ("rule", "markers_sha256", "together"):
+        del summary[key]
+    (out / "summary.json").write_text(json.dumps(summary | {"decisions_sha256": "00"}))
+    words = r"part-0000\.parquet: missing, an earlier version split this shard\. Run `sanitize clean .*scanned` once\."
+    with pytest.raises(RefusedError, match=words):
+        next(iter(KeptSamples(str(out))))
+    assert re.search(words, verify(str(out)).problems[0])
+    before = {path: path.stat().st_mtime_ns for path in (out / "clean").iterdir()}
+    clean(str(out), POLICY)
+    assert tree_bytes(out) == expected
+    assert {path: path.stat().st_mtime_ns for path in (out / "clean").iterdir()} == before  # nothing was copied again

@@ -18,6 +18,7 @@ from sanitize.artifacts.run_record import library_versions
 from sanitize.config import SCORERS, DecoderConfig, EncoderSpec, check, perturbed_share
 from sanitize.config_loading import from_mapping, to_mapping
 from sanitize.errors import CheckpointError
+from sanitize.parquet import read_table
 from sanitize.stages.clean_reference import CleanReference
 from sanitize.stages.decoder import Decoder
 from sanitize.stages.encoders import Encoder, load_encoder
@@ -155,7 +156,7 @@ def load_detector(folder: str) -> Detector:
     weights, calibration = (_checked(folder, name, description) for name in (WEIGHTS, CALIBRATION))
     try:
         tensors = safetensors.torch.load(weights)
-        table = pq.read_table(pa.BufferReader(calibration))
+        table = read_table(pa.BufferReader(calibration))
         columns = {ours: table.column(theirs).to_numpy() for theirs, ours in _CALIBRATION_COLUMNS.items()}
         detector = Detector(
             encoder=description.encoder,

@@ -4,11 +4,13 @@ import contextlib
 from collections.abc import Sequence
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sanitize import storage
 from sanitize.errors import ShardError
 from sanitize.hashing import HashingWriter
+from sanitize.parquet import read_table
 
 FOLDER = "originals"
 SCHEMA = pa.schema(
@@ -37,7 +39,8 @@ def write_originals(path: str, table: pa.Table, tar_sha256: str) -> HashingWrite
 def read_problems(path: str, limit: int) -> list[str]:
     """Of the samples of one shard that could not be packed, the first `limit`."""
     with storage.explain_read_errors(path), storage.open_read(path) as file:
-        rows = pq.read_table(file, columns=["source", "row", "problem"], filters=[("problem", "!=", "")]).to_pylist()
+        table = read_table(file, ["source", "row", "problem"])
+    rows = table.filter(pc.not_equal(table.column("problem"), "")).to_pylist()
     return [_told(row["source"], row["row"], row["problem"]) for row in rows[:limit]]
 
 
@@ -61,7 +64,7 @@ def read_originals(shard_url: str, folder: str, keys: Sequence[str], tar_sha256:
         storage.open_read(path) as file,
         contextlib.suppress(pa.ArrowException, OSError),
     ):
-        table = pq.read_table(file)
+        table = read_table(file)
     if table is None or table.schema.remove_metadata() != SCHEMA:
         raise ShardError(
             f"{path}: is no table of originals, or damaged. Delete it and run the same `sanitize pack` again."

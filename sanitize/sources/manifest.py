@@ -11,6 +11,7 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
 from sanitize import storage
+from sanitize.parquet import read_table
 from sanitize.sources.columns import (
     Columns,
     Labels,
@@ -86,7 +87,7 @@ def _schema(path: str) -> pa.Schema:
 def _read(path: str, columns: Columns) -> pa.Table:
     with storage.explain_read_errors(path), storage.open_read(path) as file, explain_table_errors(path):
         if path.endswith(".parquet"):
-            return pq.read_table(file, columns=columns.all)
+            return read_table(file, columns.all)
         text = dict.fromkeys(columns.all, pa.string())
         convert = csv.ConvertOptions(check_utf8=False, column_types=text, include_columns=columns.all)
         return csv.read_csv(file, parse_options=_parsing(path), convert_options=convert)

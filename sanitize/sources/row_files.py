@@ -90,7 +90,7 @@ def _parquet_pieces(file: RowFile, columns: Sequence[str], row: int) -> Iterator
                 continue
             position, problem = start, "its row group has fewer rows than it says"
             try:
-                for batch in parquet.iter_batches(BATCH, row_groups=[group], columns=list(columns)):
+                for batch in parquet.iter_batches(BATCH, row_groups=[group], columns=list(columns), use_threads=False):
                     cut = batch.slice(0, stop - position)
                     yield Piece(position, position + len(cut), cut)
                     position += len(cut)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sanitize import storage
 from sanitize.errors import RefusedError
 from sanitize.hashing import HashingWriter
+from sanitize.parquet import read_table
 from sanitize.stages import thresholds
 from sanitize.stages.adaptation import ScoreAdapter
 
@@ -89,9 +90,11 @@ def read_decisions(path: str, expected_sha256: str = "") -> pa.Table:
     if expected_sha256 and hashlib.sha256(data).hexdigest() != expected_sha256:
         raise RefusedError(foreign(path, "its SHA-256 is not the one that was committed"))
     try:
-        table = pq.read_table(io.BytesIO(data), schema=SCHEMA)
-    except (pa.ArrowInvalid, OSError) as error:
+        table = read_table(io.BytesIO(data))
+    except (pa.ArrowException, OSError) as error:
         raise RefusedError(foreign(path, f"not a table of decisions: {error}")) from None
+    if table.schema.remove_metadata() != SCHEMA:
+        raise RefusedError(foreign(path, "not a table of decisions"))
     if not np.array_equal(table.column("index").to_numpy(), np.arange(len(table))):
         raise RefusedError(foreign(path, "a sample is named twice or left out"))
     return table

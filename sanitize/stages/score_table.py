@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sanitize import storage
 from sanitize.errors import StorageError
 from sanitize.hashing import HashingWriter
+from sanitize.parquet import read_table
 from sanitize.records import DecodedImage
 from sanitize.stages.clean_reference import embedding_statistics
 from sanitize.stages.perturbations import CHANGE_COLUMNS
@@ -120,7 +121,7 @@ def read(path: str, columns: Sequence[str]) -> pa.Table:
     """Chosen columns of one score file."""
     with storage.open_read(path) as file:
         try:
-            return pq.read_table(file, columns=list(columns))
+            return read_table(file, columns)
         except (pa.ArrowInvalid, OSError) as error:
             raise StorageError(
                 f"{path}: not a readable score table ({error}). Run `sanitize verify --repair`, then the same `sanitize scan` again."
