@@ -109,6 +109,13 @@ class Commands:
     def clean(self, out: Path) -> None:
         clean(str(out), ThresholdPolicy("fraction", fraction=0.4))
 
+    def append(self, out: Path) -> None:
+        scan(self._config(out, policy=ThresholdPolicy("fraction", fraction=0.2), append=True))
+
+    def repair(self, out: Path) -> None:
+        verify(str(out), repair=True)
+        self.scan(out)
+
     def fit(self, out: Path) -> None:
         decoder = DecoderConfig(image_size=8, patch_size=4, width=16, heads=2, encoder_depth=1, decoder_depth=1)
         training = TrainingConfig(epochs=2, batch_size=32, precision="fp32", calibration_fraction=0.5)
@@ -119,8 +126,13 @@ class Commands:
         pack(str(self.folder / "photos"), str(out), shard_size=4)
 
     def prepare(self, name: str, out: Path) -> None:
-        if name == "clean":
+        if name in ("clean", "repair"):
             self.scan(out)
+        if name == "repair":
+            for path in (*(out / "clean").glob("*0.tar"), *(out / "scores").glob("*2.parquet")):
+                path.write_bytes(path.read_bytes()[:-7] + b"damaged")
+        if name == "append":
+            scan(self._config(out, policy=ThresholdPolicy("fraction", fraction=0.2), limit=1))
 
     def holds(self, name: str, out: Path) -> bool:
         return name in ("fit", "pack") or verify(str(out)).problems == ()

@@ -8,7 +8,7 @@ import fsspec
 
 from benchmarks.object_store import ObjectStore
 
-FAULTS = ("refused", "response lost", "cut short")
+FAULTS = ("refused", "response lost", "cut short", "stale listing")
 
 
 class FlakyStore(ObjectStore):
@@ -32,6 +32,13 @@ class FlakyStore(ObjectStore):
         value = super().request(kind, answer)
         if here and self.fault == "response lost":
             raise TimeoutError("no response")
+        if here and self.fault == "stale listing" and kind == "list":  # of what we wrote, the latest is not there yet
+            latest = [name for name in value if name.startswith("/out/")][-2:]
+            value = (
+                {name: info for name, info in value.items() if name not in latest}
+                if isinstance(value, dict)
+                else [name for name in value if name not in latest]
+            )
         return value[: len(value) // 2] if here and self.fault == "cut short" and kind == "get" else value
 
 
