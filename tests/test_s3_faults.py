@@ -145,15 +145,26 @@ def test_a_connection_lost_in_the_middle_of_a_shard_is_no_damage_of_the_shard(
     assert bucket.tree_bytes("out") == whole
 
 
-@pytest.mark.parametrize("fault", ["throttled", *slow("reset", "internal", "cut", "lost")])
-@pytest.mark.parametrize(("method", "name"), [("GET", "/in/part-0001.tar"), ("PUT", "/out/clean/part-0001.tar")])
-def test_a_shard_that_the_client_gave_up_on_is_tried_again(
-    proxy, remote, bucket, whole, monkeypatch, fault, method, name
-):
+READ, WRITTEN = ("GET", "/in/part-0001.tar"), ("PUT", "/out/clean/part-0001.tar")
+GIVEN_UP = [(READ, fault) for fault in ("throttled", "reset", "internal", "cut", "lost")]
+GIVEN_UP += [
+    (WRITTEN, fault) for fault in ("throttled", "reset", "internal", "lost")
+]  # the answer to a write has nothing to cut
+
+
+@pytest.mark.parametrize(
+    ("request_", "fault"),
+    [pytest.param(*case, marks=[] if case[1] == "throttled" else pytest.mark.slow) for case in GIVEN_UP],
+)
+def test_a_shard_that_the_client_gave_up_on_is_tried_again(proxy, remote, bucket, whole, monkeypatch, request_, fault):
+    method, name = request_
+    proxy.reset(always(fault, name, method))
+    assert ended(remote) != "done"
+    given_up = len(proxy.faults())  # requests of one try
     monkeypatch.setattr(workers, "PAUSES", (0.0,) * 3)
-    proxy.reset(first(10, always(fault, name, method)))  # more than one try of the client's
+    proxy.reset(first(given_up + 1, always(fault, name, method)))
     assert ended(remote) == "done"
-    assert len(proxy.faults()) == 10
+    assert len(proxy.faults()) == given_up + 1
     assert ended(remote) == "done"  # adds the identity of a shard that could not be read when the scan began
     assert bucket.tree_bytes("out") == whole
 
