@@ -22,8 +22,8 @@ from benchmarks.scan import OUT, detector_for
 from sanitize import storage
 from sanitize.artifacts.detector_folder import Detector, load_detector
 from sanitize.artifacts.scan_folder import InputShard, Run, ScanFolder, ShardInput, ShardMarker
-from sanitize.commands.clean import Scanned, find_rule
 from sanitize.config import ThresholdPolicy
+from sanitize.deciding import Scanned, find_rule
 from sanitize.stages import score_table
 from sanitize.stages.decision_table import write_decisions
 from sanitize.stages.perturbations import CHANGE_COLUMNS, FLOOR

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it, `__all__` and `_HO
     from sanitize.attacks.triggers import make_trigger
     from sanitize.commands.audit import AuditResult, audit
     from sanitize.commands.check_encoder import EncoderCheck, check_encoder
-    from sanitize.commands.clean import CleanResult, clean
+    from sanitize.commands.clean import clean
     from sanitize.commands.finetune import FinetuneResult, finetune
     from sanitize.commands.fit import fit
     from sanitize.commands.inspect import Inspection, inspect
@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it, `__all__` and `_HO
     from sanitize.commands.verify import VerifyResult, verify
     from sanitize.config import EncoderSpec, FinetuneConfig, FitConfig, ScanConfig, ThresholdPolicy
     from sanitize.config_loading import load_encoder_spec
+    from sanitize.deciding import CleanResult
     from sanitize.detectors.decree.config import DecreeConfig
     from sanitize.errors import SanitizeError
     from sanitize.kept_samples import KeptSamples, keep_only
@@ -74,7 +75,8 @@ _HOMES = {  # module → the names of the library that live there
     "commands.fit": ("fit",),
     "commands.finetune": ("finetune", "FinetuneResult"),
     "commands.scan": ("scan", "ScanResult"),
-    "commands.clean": ("clean", "CleanResult"),
+    "commands.clean": ("clean",),
+    "deciding": ("CleanResult",),
     "commands.audit": ("audit", "AuditResult"),
     "commands.verify": ("verify", "VerifyResult"),
     "commands.check_encoder": ("check_encoder", "EncoderCheck"),

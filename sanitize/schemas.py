@@ -19,9 +19,10 @@ from sanitize.artifacts.detector_folder import Description, FitSummary
 from sanitize.artifacts.head_folder import HeadDescription
 from sanitize.artifacts.scan_folder import Run, ShardMarker, Summary
 from sanitize.artifacts.truth import PoisonTruth
-from sanitize.commands import audit, clean, finetune, fit, poison, scan, verify
+from sanitize.commands import audit, finetune, fit, poison, scan, verify
 from sanitize.commands import inspect as inspect_command
 from sanitize.config import EncoderSpec, FinetuneConfig, FitConfig, ScanConfig
+from sanitize.deciding import CleanResult
 
 Schema = dict[str, Any]
 CHOICES = {  # fields of type str that take one of a few words
@@ -170,7 +171,7 @@ def all_schemas() -> dict[str, Schema]:
         "result_fit": _written("stdout of `sanitize fit --json`", FitSummary, out_and_fingerprint),
         "result_scan": _written("stdout of `sanitize scan --json`", scan.ScanResult),
         "result_scan_dry_run": _written("stdout of `sanitize scan --dry-run --json`", scan.ScanPlan),
-        "result_clean": _written("stdout of `sanitize clean --json`, with and without --dry-run", clean.CleanResult),
+        "result_clean": _written("stdout of `sanitize clean --json`, with and without --dry-run", CleanResult),
         "result_audit": _written("stdout of `sanitize audit --json`", audit.AuditResult),
         "result_verify": _written("stdout of `sanitize verify --json`", verify.VerifyResult),
         "result_finetune": _written("stdout of `sanitize finetune --json`", finetune.FinetuneResult),

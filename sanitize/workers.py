@@ -59,14 +59,14 @@ def map_shards(
     """
     if not shards:
         return
-    total = _Total()
+    total = _Total(display)
     if resources.workers == 0:
         with torch_threads(resources.cpus):
-            yield from _map_here(task, shards, resources, display, total, at_once)
+            yield from _map_here(task, shards, resources, total, at_once)
         return
     with ray_session(address):
         total.counters = RayCounters(display.title)
-        yield from _map_on_ray(task, shards, resources, display, total, at_once)
+        yield from _map_on_ray(task, shards, resources, total, at_once)
 
 
 class ShardProgress(NamedTuple):
@@ -80,7 +80,8 @@ class ShardProgress(NamedTuple):
 class _Total:
     """Progress of the whole run: finished shards plus what the workers report of their current ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, display: ProgressDisplay) -> None:
+        self._display = display
         self.counters: RayCounters | None = None  # None: without Ray
         self.failed = 0  # of the shards
         self.shards = self.samples = self.flagged = self.bytes = 0
@@ -91,29 +92,24 @@ class _Total:
         self.flagged += progress.flagged
         self.bytes += sum(shard.size for shard in shards)
 
-    def show(self, display: ProgressDisplay, running: Iterable[ShardProgress]) -> None:
+    def show(self, running: Iterable[ShardProgress]) -> None:
         samples, flagged, size = (sum(column) for column in zip(ShardProgress(), *running, strict=True))
         note = f"{self.flagged + flagged} flagged" if self.flagged + flagged else ""
-        display.update(self.shards, self.bytes + size, self.samples + samples, note)
+        self._display.update(self.shards, self.bytes + size, self.samples + samples, note)
         if self.counters:
             here = (self.samples + samples, self.flagged + flagged, self.bytes + size)
             self.counters.tell(*here, self.shards - self.failed, self.failed)
 
 
 def _map_here(
-    task: Task[R],
-    shards: Sequence[Shard],
-    resources: Resources,
-    display: ProgressDisplay,
-    total: _Total,
-    at_once: int,
+    task: Task[R], shards: Sequence[Shard], resources: Resources, total: _Total, at_once: int
 ) -> Iterator[Outcome[R]]:
     function = task.start(resources.cpus)
     for chunk in _chunks(shards, at_once):
-        noted = _Noted(lambda current: total.show(display, [current]))
+        noted = _Noted(lambda current: total.show([current]))
         yield from _run_chunk(function, chunk, noted, at_once)
         total.finish(chunk, noted.sum())
-        total.show(display, [])
+        total.show([])
 
 
 def _chunks(shards: Sequence[Shard], at_once: int) -> list[list[Shard]]:
@@ -147,23 +143,30 @@ def _run_chunk(function: ShardFunction[R], chunk: Sequence[Shard], noted: _Noted
 
 
 def _run(function: ShardFunction[R], shard: Shard, progress: ProgressCallback) -> Outcome[R]:
-    for pause in (*PAUSES, None):
+    try:
+        return Outcome(shard, _patiently(function, shard, progress))
+    except ShardError as error:
+        return Outcome(shard, None, str(error))
+    except SanitizeError:
+        raise
+    except Exception as error:  # a hostile file found a hole: the other shards must not pay for it
+        log.debug("%s", shard.url, exc_info=True)
+        why = " ".join(str(error).split())[:200]
+        message = f"{shard.url}: failed unexpectedly ({type(error).__name__}: {why}). Please report it."
+        return Outcome(shard, None, message)
+
+
+def _patiently(function: ShardFunction[R], shard: Shard, progress: ProgressCallback) -> R:
+    """Again after each of PAUSES, as long as what went wrong may pass."""
+    for pause in PAUSES:
         try:
-            return Outcome(shard, function(shard, progress))
+            return function(shard, progress)
         except SanitizeError as error:
-            if error.may_pass and pause is not None:
-                log.debug("%s: again in %g s: %s", shard.url, pause, error)
-                time.sleep(pause)
-            elif isinstance(error, ShardError):
-                return Outcome(shard, None, str(error))
-            else:
+            if not error.may_pass:
                 raise
-        except Exception as error:  # a hostile file found a hole: the other shards must not pay for it
-            log.debug("%s", shard.url, exc_info=True)
-            why = " ".join(str(error).split())[:200]
-            message = f"{shard.url}: failed unexpectedly ({type(error).__name__}: {why}). Please report it."
-            return Outcome(shard, None, message)
-    raise AssertionError("the last try returned or raised")
+            log.debug("%s: again in %g s: %s", shard.url, pause, error)
+            time.sleep(pause)
+    return function(shard, progress)
 
 
 class _Worker:
@@ -193,12 +196,7 @@ class _Worker:
 
 # Not ray.util.ActorPool: it neither restarts an actor, nor fails one item alone, nor tells how far the running ones are.
 def _map_on_ray(
-    task: Task[R],
-    shards: Sequence[Shard],
-    resources: Resources,
-    display: ProgressDisplay,
-    total: _Total,
-    at_once: int,
+    task: Task[R], shards: Sequence[Shard], resources: Resources, total: _Total, at_once: int
 ) -> Iterator[Outcome[R]]:
     import ray
 
@@ -237,7 +235,7 @@ def _map_on_ray(
                 yield from outcomes
             for actor, _ in running.values():
                 last[actor] = _progress_of(actor, last.get(actor, ShardProgress()))
-            total.show(display, last.values())
+            total.show(last.values())
     finally:
         for actor in [*idle, *(actor for actor, _ in running.values())]:
             ray.kill(actor)

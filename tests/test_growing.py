@@ -10,7 +10,7 @@ from sanitize.commands.clean import clean, clean_together, preview
 from sanitize.commands.scan import scan
 from sanitize.commands.verify import verify
 from sanitize.config import ThresholdPolicy
-from sanitize.errors import RefusedError
+from sanitize.errors import ConfigError, RefusedError
 from sanitize.kept_samples import KeptSamples
 
 FIFTH = ThresholdPolicy("fraction", fraction=0.2)
@@ -97,3 +97,9 @@ def test_scans_by_different_efforts_are_not_decided_together(months, scan_config
         RefusedError, match=r"b: was scanned with another detector or effort than .*a, so their scores do not compare"
     ):
         clean_together([str(months / "a"), str(months / "b")], FIFTH)
+
+
+def test_a_scan_that_is_given_twice_is_refused(months, scan_config):
+    scan(scan_config(months / "january", out="a", scores_only=True))
+    with pytest.raises(ConfigError, match=r"a: is given twice\. Name each scan once\."):
+        clean_together([str(months / "a"), f"{months}/./a"], FIFTH)

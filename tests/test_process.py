@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -81,9 +82,12 @@ def test_what_the_user_has_set_stays(monkeypatch):
 @pytest.mark.parametrize("platform_name", ["linux", "darwin", "win32"])
 def test_another_c_library_is_left_alone(monkeypatch, platform_name):
     monkeypatch.setattr(sys, "platform", platform_name)
-    monkeypatch.setattr(process.ctypes, "CDLL", lambda _: object())
+    called = []
+    musl = SimpleNamespace(mallopt=lambda *option: called.append(option))  # says nothing of glibc
+    monkeypatch.setattr(process.ctypes, "CDLL", lambda _: musl)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     process.prepare()
+    assert called == []
 
 
 @pytest.mark.parametrize("address", ["", "auto"])

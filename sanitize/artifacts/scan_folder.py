@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from sanitize import storage
@@ -60,10 +61,6 @@ class Run:
     def shard(self, stem: str) -> Shard:
         entry = self.shards[stem]
         return Shard(entry.url, stem, entry.bytes)
-
-    def all_shards(self) -> list[Shard]:
-        """Sorted by stem."""
-        return [self.shard(stem) for stem in sorted(self.shards)]
 
 
 @dataclass(frozen=True)
@@ -264,14 +261,17 @@ class ScanFolder:
     def decisions_name(self, stem: str) -> str:
         return f"decisions/{stem}.parquet"
 
-    def decisions(self, marker: ShardMarker) -> Decisions:
+    def decision_rows(self, marker: ShardMarker) -> pa.Table:
         """Of a shard that was split. Raises RefusedError when the file is not the one that was committed."""
         name = self.decisions_name(marker.shard)
         if name not in marker.files:
             raise RefusedError(
                 f"{self.at(name)}: missing, an earlier version split this shard. Run `sanitize clean {self.path}` once."
             )
-        return Decisions.of(read_decisions(self.at(name), marker.files[name].sha256))
+        return read_decisions(self.at(name), marker.files[name].sha256)
+
+    def decisions(self, marker: ShardMarker) -> Decisions:
+        return Decisions.of(self.decision_rows(marker))
 
     def scored_shard(
         self, run: Run, marker: ShardMarker, keys: Sequence[str], image_sha256: Sequence[str]

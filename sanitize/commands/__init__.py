@@ -1,1 +1,1 @@
-"""One module and one function per command, each read top to bottom. Only `workers`, `runtime` and `training.distributed` know Ray."""
+"""One module and one function per command, each read top to bottom. Who knows Ray: workers, runtime, counters, training.distributed."""

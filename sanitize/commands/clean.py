@@ -7,7 +7,6 @@ Everything else of a shard (removed samples, members without a key) goes to the 
 
 import contextlib
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sanitize import runtime, storage, workers
-from sanitize.artifacts.detector_folder import Detector, load_detector
 from sanitize.artifacts.folder_lock import folder_lock
 from sanitize.artifacts.scan_folder import (
     Run,
@@ -27,30 +25,18 @@ from sanitize.artifacts.scan_folder import (
     decision_identity,
 )
 from sanitize.config import ThresholdPolicy
-from sanitize.errors import RefusedError
+from sanitize.deciding import CleanResult, Scanned, find_rule, is_most
+from sanitize.errors import ConfigError
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 from sanitize.runtime import Resources
-from sanitize.stages import score_table, thresholds
-from sanitize.stages.adaptation import score_adapter
+from sanitize.stages import score_table
 from sanitize.stages.decision_table import Decisions, Rule, write_decisions
 from sanitize.stages.splitting import ScoredShard, split_shard
 from sanitize.workers import ProgressCallback, ShardFunction
 
 log = logging.getLogger(__name__)
 IN_FLIGHT = 1 << 30  # bytes of shards that one worker copies at a time, over a network
-RARE = 0.01  # share of poison that every policy should be able to act on
-
-
-@dataclass(frozen=True)
-class CleanResult:
-    """Counts of samples; `failed` names shards that could not be copied."""
-
-    threshold: float
-    kept: int
-    removed: int
-    unscored: int
-    failed: tuple[str, ...]
 
 
 def clean(
@@ -71,6 +57,8 @@ def clean_together(
     """`clean` of several scans of one data set by one rule, as if they were one; a result for each."""
     for out in outs:
         ScanFolder(out).run()  # is there a scan?
+        if sum(storage.real(other) == storage.real(out) for other in outs) > 1:
+            raise ConfigError(f"{out}: is given twice. Name each scan once.")
     with contextlib.ExitStack() as locks:
         for out in sorted(outs):
             locks.enter_context(folder_lock(out, "clean"))
@@ -100,29 +88,6 @@ def decide_and_split(
     ]
 
 
-@dataclass(frozen=True)
-class Scanned:
-    """A scan as pass 2 finds it. present: names of its files; committed: all markers are those of a finished pass 2."""
-
-    folder: ScanFolder
-    run: Run
-    markers: list[ShardMarker]
-    present: set[str]
-    committed: bool
-
-    @classmethod
-    def of(cls, out: str) -> "Scanned":
-        folder = ScanFolder(out)
-        run, committed = folder.run(), folder.committed_markers()
-        markers = folder.markers(sorted(run.shards), committed)
-        whole = [*committed] == [marker.shard for marker in markers]
-        return cls(folder, run, markers, folder.present_files(), whole)
-
-    def others(self, scans: Sequence["Scanned"]) -> tuple[str, ...]:
-        """Of the scans that are decided together, as the summary names them."""
-        return tuple(sorted(storage.absolute(scan.folder.path) for scan in scans if scan is not self))
-
-
 def _finished(scan: Scanned, scans: Sequence[Scanned], policy: ThresholdPolicy, force: bool) -> CleanResult | None:
     """What an earlier run of the same pass 2 left, when nothing of it is missing."""
     summary = scan.folder.summary()
@@ -132,96 +97,9 @@ def _finished(scan: Scanned, scans: Sequence[Scanned], policy: ThresholdPolicy, 
         return None
     if not all(_is_split(m, summary.rule) and m.files.keys() <= scan.present for m in scan.markers):
         return None
-    if _is_most(summary.removed, summary.samples) and not force:
+    if is_most(summary.removed, summary.samples) and not force:
         return None
     return CleanResult(summary.threshold, summary.kept, summary.removed, summary.unscored, ())
-
-
-# ---------------------------------------------------------------- deciding
-
-
-def find_rule(scans: Sequence[Scanned], policy: ThresholdPolicy, force: bool) -> tuple[Rule, list[CleanResult]]:
-    """One threshold for all samples. Memory: one float32 a sample, and a few times that while the threshold is found."""
-    first = scans[0].run
-    for scan in scans[1:]:
-        if (scan.run.detector_fingerprint, scan.run.effort) != (first.detector_fingerprint, first.effort):
-            raise RefusedError(
-                f"{scan.folder.path}: was scanned with another detector or effort than {scans[0].folder.path}, so their scores do not "
-                "compare. Clean them one by one, or scan one of them again."
-            )
-    detector = _detector(scans[0].folder.path, first, policy)
-    calibration = detector.calibration(first.effort) if detector else np.empty(0, np.float32)
-    reference = detector.adaptable_reference(first.effort) if detector and policy.adapt else None
-    samples = {scan.folder.scores(marker.shard): marker.samples for scan in scans for marker in scan.markers}
-    adapter = score_adapter(samples, reference, calibration)
-    scores = adapter.scores_of_all(samples)
-    threshold = thresholds.threshold_for(scores, calibration, policy)
-    _warn_of_small_calibration(policy, threshold, len(calibration))
-    _warn_of_a_divided_group(scores, threshold)
-    results = []
-    for part in np.split(scores, np.cumsum([sum(marker.samples for marker in scan.markers) for scan in scans])[:-1]):
-        kept = int(thresholds.keep(part, threshold, policy.keep_unscored).sum())
-        results.append(CleanResult(threshold, kept, len(part) - kept, int(np.isnan(part).sum()), ()))
-    _refuse_to_remove_most(results, force)
-    return Rule(threshold, policy.keep_unscored, adapter), results
-
-
-def _refuse_to_remove_most(results: Sequence[CleanResult], force: bool) -> None:
-    removed, total = sum(r.removed for r in results), sum(r.kept + r.removed for r in results)
-    if _is_most(removed, total) and not force:
-        raise RefusedError(
-            f"{removed} of {total} samples would be removed ({sum(r.unscored for r in results)} of them have no score), which is "
-            "more than half. Is the auxiliary set like these shards, and is the encoder the right one? Look at "
-            "`sanitize audit`; try --policy robust; --force goes on anyway. No clean shard was written."
-        )
-
-
-def _warn_of_a_divided_group(scores: NDArray[np.float32], threshold: float) -> None:
-    if group := thresholds.group_cut_in_two(scores, threshold):
-        kept, removed, begins = group
-        log.warning(
-            "the cut at %.4g runs through a group of samples that stand apart: %d of it are removed and %d, hardly less suspicious, kept. "
-            "Look at `sanitize audit`; --threshold %.4g removes all of it",
-            threshold,
-            removed,
-            kept,
-            begins,
-        )
-
-
-def _is_most(removed: int, samples: int) -> bool:
-    return removed * 2 > samples
-
-
-def _detector(out: str, run: Run, policy: ThresholdPolicy) -> Detector | None:
-    """Only the policies that compare with its null scores need the detector folder."""
-    if policy.policy not in ("calibrated", "fdr"):
-        return None
-    if not storage.exists(run.detector):
-        raise RefusedError(
-            f"{run.detector}: is gone, and {policy.policy} compares with its scores. Restore it, or use --policy fraction, absolute or "
-            "robust."
-        )
-    detector = load_detector(run.detector)
-    if detector.fingerprint != run.detector_fingerprint:
-        raise RefusedError(
-            f"{run.detector}: is not the detector that {out} was scanned with. Restore it, or scan again."
-        )
-    return detector
-
-
-def _warn_of_small_calibration(policy: ThresholdPolicy, threshold: float, calibration: int) -> None:
-    share = thresholds.smallest_share(calibration, policy.fpr) if policy.policy == "fdr" else 0
-    if share > RARE and math.isinf(threshold):
-        log.warning(
-            "fdr %g removes nothing: with %d calibration scores it acts only where %.1f %% of a scan stand out. To act on %g %%, fit "
-            "with auxiliary images that leave %d to calibrate on, or use --policy calibrated",
-            policy.fpr,
-            calibration,
-            100 * share,
-            100 * RARE,
-            math.ceil(1 / (policy.fpr * RARE) - 1 - 1e-9),
-        )
 
 
 # ---------------------------------------------------------------- splitting

@@ -18,7 +18,6 @@ from sanitize.artifacts.scan_folder import Run, ScanFolder, ShardMarker
 from sanitize.config import check
 from sanitize.errors import ConfigError, RefusedError, ShardError
 from sanitize.hashing import HashingWriter
-from sanitize.stages.decision_table import read_decisions
 
 SCHEMA = pa.schema(
     [
@@ -106,8 +105,7 @@ def _table_or_error(folder: ScanFolder, run: Run, marker: ShardMarker, packed: s
 
 def _shard_table(folder: ScanFolder, marker: ShardMarker, url: str, packed: str) -> pa.Table:
     """Rows of SCHEMA."""
-    name = folder.decisions_name(marker.shard)
-    decisions = read_decisions(folder.at(name), marker.files[name].sha256)
+    decisions = folder.decision_rows(marker)
     keys = decisions.column("key").to_pylist()
     found = read_originals(url, packed, keys, marker.input.sha256)
     if found is None:

@@ -18,9 +18,10 @@ from sanitize.artifacts.detector_folder import (
 from sanitize.artifacts.folder_lock import folder_lock
 from sanitize.artifacts.run_record import library_versions
 from sanitize.artifacts.scan_folder import InputShard, Run, ScanFolder, ShardInput, ShardMarker, WrittenFile
-from sanitize.commands.clean import CleanResult, decide_and_split
+from sanitize.commands.clean import decide_and_split
 from sanitize.config import EncoderSpec, ScanConfig, check
 from sanitize.config_loading import to_mapping
+from sanitize.deciding import CleanResult
 from sanitize.errors import ShardError
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard

@@ -133,12 +133,6 @@ def read_each(paths: Sequence[str], columns: Sequence[str]) -> Iterator[pa.Table
     return storage.read_ahead(lambda path: read(path, columns), paths)
 
 
-def count_rows(path: str) -> int:
-    """Of one score file, by its footer."""
-    with storage.explain_read_errors(path), storage.open_read(path) as file:
-        return int(pq.read_metadata(file).num_rows)
-
-
 def statistics(table: pa.Table) -> Floats:
     """(N, V + 2) embedding statistics of rows with STATISTICS_COLUMNS; NaN where an image was not perturbed."""
     changes = torch.from_numpy(np.stack([numbers(table, name) for name in CHANGE_COLUMNS], axis=1))

@@ -1,0 +1,139 @@
+"""Scores of one or several scans → the one rule that decides on all of them. Reads scores only; writes nothing."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sanitize import storage
+from sanitize.artifacts.detector_folder import Detector, load_detector
+from sanitize.artifacts.scan_folder import Run, ScanFolder, ShardMarker
+from sanitize.config import ThresholdPolicy
+from sanitize.errors import RefusedError
+from sanitize.stages import thresholds
+from sanitize.stages.adaptation import score_adapter
+from sanitize.stages.decision_table import Rule
+
+log = logging.getLogger(__name__)
+RARE = 0.01  # share of poison that every policy should be able to act on
+
+
+@dataclass(frozen=True)
+class CleanResult:
+    """Counts of samples; `failed` names shards that could not be copied."""
+
+    threshold: float
+    kept: int
+    removed: int
+    unscored: int
+    failed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """A scan as pass 2 finds it. present: names of its files; committed: all markers are those of a finished pass 2."""
+
+    folder: ScanFolder
+    run: Run
+    markers: list[ShardMarker]
+    present: set[str]
+    committed: bool
+
+    @classmethod
+    def of(cls, out: str) -> "Scanned":
+        folder = ScanFolder(out)
+        run, committed = folder.run(), folder.committed_markers()
+        markers = folder.markers(sorted(run.shards), committed)
+        whole = [*committed] == [marker.shard for marker in markers]
+        return cls(folder, run, markers, folder.present_files(), whole)
+
+    def others(self, scans: Sequence["Scanned"]) -> tuple[str, ...]:
+        """Of the scans that are decided together, as the summary names them."""
+        return tuple(sorted(storage.absolute(scan.folder.path) for scan in scans if scan is not self))
+
+
+def find_rule(scans: Sequence[Scanned], policy: ThresholdPolicy, force: bool) -> tuple[Rule, list[CleanResult]]:
+    """One threshold for all samples. Memory: one float32 a sample, and a few times that while the threshold is found."""
+    first = scans[0].run
+    for scan in scans[1:]:
+        if (scan.run.detector_fingerprint, scan.run.effort) != (first.detector_fingerprint, first.effort):
+            raise RefusedError(
+                f"{scan.folder.path}: was scanned with another detector or effort than {scans[0].folder.path}, so their scores do not "
+                "compare. Clean them one by one, or scan one of them again."
+            )
+    detector = _detector(scans[0].folder.path, first, policy)
+    calibration = detector.calibration(first.effort) if detector else np.empty(0, np.float32)
+    reference = detector.adaptable_reference(first.effort) if detector and policy.adapt else None
+    samples = {scan.folder.scores(marker.shard): marker.samples for scan in scans for marker in scan.markers}
+    adapter = score_adapter(samples, reference, calibration)
+    scores = adapter.scores_of_all(samples)
+    threshold = thresholds.threshold_for(scores, calibration, policy)
+    _warn_of_small_calibration(policy, threshold, len(calibration))
+    _warn_of_a_divided_group(scores, threshold)
+    results = []
+    for part in np.split(scores, np.cumsum([sum(marker.samples for marker in scan.markers) for scan in scans])[:-1]):
+        kept = int(thresholds.keep(part, threshold, policy.keep_unscored).sum())
+        results.append(CleanResult(threshold, kept, len(part) - kept, int(np.isnan(part).sum()), ()))
+    _refuse_to_remove_most(results, force)
+    return Rule(threshold, policy.keep_unscored, adapter), results
+
+
+def _refuse_to_remove_most(results: Sequence[CleanResult], force: bool) -> None:
+    removed, total = sum(r.removed for r in results), sum(r.kept + r.removed for r in results)
+    if is_most(removed, total) and not force:
+        raise RefusedError(
+            f"{removed} of {total} samples would be removed ({sum(r.unscored for r in results)} of them have no score), which is "
+            "more than half. Is the auxiliary set like these shards, and is the encoder the right one? Look at "
+            "`sanitize audit`; try --policy robust; --force goes on anyway. No clean shard was written."
+        )
+
+
+def _warn_of_a_divided_group(scores: NDArray[np.float32], threshold: float) -> None:
+    if group := thresholds.group_cut_in_two(scores, threshold):
+        kept, removed, begins = group
+        log.warning(
+            "the cut at %.4g runs through a group of samples that stand apart: %d of it are removed and %d, hardly less suspicious, kept. "
+            "Look at `sanitize audit`; --threshold %.4g removes all of it",
+            threshold,
+            removed,
+            kept,
+            begins,
+        )
+
+
+def is_most(removed: int, samples: int) -> bool:
+    return removed * 2 > samples
+
+
+def _detector(out: str, run: Run, policy: ThresholdPolicy) -> Detector | None:
+    """Only the policies that compare with its null scores need the detector folder."""
+    if policy.policy not in ("calibrated", "fdr"):
+        return None
+    if not storage.exists(run.detector):
+        raise RefusedError(
+            f"{run.detector}: is gone, and {policy.policy} compares with its scores. Restore it, or use --policy fraction, absolute or "
+            "robust."
+        )
+    detector = load_detector(run.detector)
+    if detector.fingerprint != run.detector_fingerprint:
+        raise RefusedError(
+            f"{run.detector}: is not the detector that {out} was scanned with. Restore it, or scan again."
+        )
+    return detector
+
+
+def _warn_of_small_calibration(policy: ThresholdPolicy, threshold: float, calibration: int) -> None:
+    share = thresholds.smallest_share(calibration, policy.fpr) if policy.policy == "fdr" else 0
+    if share > RARE and math.isinf(threshold):
+        log.warning(
+            "fdr %g removes nothing: with %d calibration scores it acts only where %.1f %% of a scan stand out. To act on %g %%, fit "
+            "with auxiliary images that leave %d to calibrate on, or use --policy calibrated",
+            policy.fpr,
+            calibration,
+            100 * share,
+            100 * RARE,
+            math.ceil(1 / (policy.fpr * RARE) - 1 - 1e-9),
+        )
