@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sanitize.attacks.augment import flip_and_jitter
-from sanitize.stages.encoders import Encoder, embed_in_batches, require_trainable
+from sanitize.stages.encoders import Encoder, embed_in_batches
 from sanitize.stages.precision import autocast, resolve_precision
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,6 @@ def fine_tune(
     Exact shortcuts against BadEncoder's code (badencoder.py): clean targets are computed once; a reference is embedded once per
     step (BatchNorm is in eval mode, so its copies would be equal).
     """
-    require_trainable(clean_encoder)
     clean_encoder.eval().to(device)
     encoder = copy.deepcopy(clean_encoder).requires_grad_(True)
     encoder.train()

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from sanitize.attacks.augment import colour_jitter, random_resized_crop
 from sanitize.config import EncoderSpec, check
-from sanitize.stages.encoders import Encoder, build_backbone, require_trainable
+from sanitize.stages.encoders import Encoder, build_backbone
 from sanitize.stages.precision import autocast, resolve_precision
 from sanitize.training.optimizer import half_cosine
 
@@ -57,8 +57,7 @@ def pretrain(images: Tensor, spec: EncoderSpec, config: SimclrConfig, seed: int,
     """images (N, 3, S, S) uint8 → encoder in eval mode. The last partial batch of an epoch is dropped."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    encoder = Encoder(build_backbone(spec).to(memory_format=torch.channels_last), spec).to(device)
-    require_trainable(encoder)
+    encoder = Encoder(build_backbone(spec), spec).to(device)
     with torch.no_grad():
         size = encoder(torch.zeros(2, 3, spec.image_size, spec.image_size, device=device)).shape[1]
     norm = [nn.BatchNorm1d(size)] if config.projector_norm else []

@@ -21,7 +21,7 @@ from sanitize.errors import RefusedError
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 from sanitize.runtime import Resources
-from sanitize.stages.encoders import load_encoder, require_trainable, weights_sha256
+from sanitize.stages.encoders import load_encoder, weights_sha256
 from sanitize.stages.preprocessing import complete_spec
 from sanitize.stages.shards import head_tails, list_shards
 from sanitize.stages.text import load_text_encoder
@@ -82,8 +82,6 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     config = dataclasses.replace(config, encoder=with_absolute_paths(complete_spec(config.encoder)))
     encoder = load_encoder(config.encoder)
     fingerprint = encoder.fingerprint()
-    if config.mode == "full":
-        require_trainable(encoder)
     if config.mode == "contrastive":
         load_text_encoder(config.encoder)  # fail here, not in a worker
     with folder_lock(config.out, "finetune"):

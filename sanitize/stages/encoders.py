@@ -42,12 +42,12 @@ class Encoder(nn.Module):
     def __init__(self, backbone: nn.Module, spec: EncoderSpec) -> None:
         super().__init__()
         spec = complete_spec(spec)
-        self.backbone = backbone
         self.spec = spec
         exported = spec.architecture.startswith(
             "exported:"
         )  # traced with plain images; their views fit no other layout
-        self._layout = torch.contiguous_format if exported else torch.channels_last
+        self._layout = torch.contiguous_format if exported else _layout_of(backbone)
+        self.backbone = backbone if exported else backbone.to(memory_format=self._layout)
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
 
@@ -95,22 +95,19 @@ def device_of(module: nn.Module) -> torch.device:
     return next(itertools.chain(module.parameters(), module.buffers()), torch.empty(0)).device
 
 
-def require_trainable(encoder: Encoder) -> None:
-    """Raises ConfigError for layers whose gradient destroys memory: oneDNN (up to that of torch 2.14) writes past its workspace in
-    the backward pass of a channels-last 1x1 convolution with stride and fewer than 8 channels (uxlfoundation/oneDNN issue 6035).
+def _layout_of(backbone: nn.Module) -> torch.memory_format:
+    """Channels last, which is fastest on every device, where that is safe. oneDNN (up to that of torch 2.14) writes past its workspace
+    in the backward pass of a channels-last 1x1 convolution with stride and fewer channels than a vector register has floats, 16
+    with AVX-512 (uxlfoundation/oneDNN issue 6035); the heap is destroyed without a word.
     """
-    for name, layer in encoder.backbone.named_modules():
-        if (
-            isinstance(layer, nn.Conv2d)
-            and layer.kernel_size == (1, 1)
-            and max(layer.stride) > 1
-            and layer.in_channels < 8
-        ):
-            raise ConfigError(
-                f"encoder {encoder.spec.architecture}, width {encoder.spec.width}: cannot be trained safely. Layer {name} is a 1x1 "
-                f"convolution with stride and {layer.in_channels} channels, whose gradient destroys memory on processors without "
-                "AVX-512 (oneDNN issue 6035). Use a width of at least 8; frozen (--mode linear or mlp) it is safe."
-            )
+    unsafe = any(
+        isinstance(layer, nn.Conv2d)
+        and layer.kernel_size == (1, 1)
+        and max(layer.stride) > 1
+        and layer.in_channels < 16
+        for layer in backbone.modules()
+    )
+    return torch.contiguous_format if unsafe else torch.channels_last
 
 
 def load_encoder(spec: EncoderSpec) -> Encoder:
@@ -132,7 +129,7 @@ def load_encoder(spec: EncoderSpec) -> Encoder:
         load_strictly(backbone, encoder_tensors(tensors, backbone.state_dict()), spec)
     backbone.requires_grad_(False)
     if family != "exported":
-        backbone.eval().to(memory_format=torch.channels_last)
+        backbone.eval()
     if family in ("hf", "timm", "torchvision"):
         _require_image_size(backbone, spec)
     encoder = Encoder(backbone, spec)
