@@ -107,10 +107,12 @@ def test_thin_strided_convolutions_keep_the_layout_whose_gradient_is_safe(tmp_pa
     """oneDNN issue 6035: with channels last, 31 images and two threads this ends in "corrupted size vs. prev_size"."""
     encoders = [load_encoder(load_encoder_spec(str(write_encoder(tmp_path / str(w), width=w)))) for w in (4, 8, 16)]
     channels_last = [
-        encoder.backbone.conv1.weight.is_contiguous(memory_format=torch.channels_last) for encoder in encoders
+        encoder.backbone.get_parameter("conv1.weight").is_contiguous(memory_format=torch.channels_last)
+        for encoder in encoders
     ]
     assert channels_last == [False, False, True]
-    thin = encoders[1].requires_grad_(True)
+    thin = encoders[1]
+    thin.requires_grad_(True)
     for _ in range(20):
         thin(torch.rand(31, 3, 32, 32)).sum().backward()
 
