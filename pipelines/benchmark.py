@@ -21,7 +21,7 @@ from scipy.stats import binomtest
 
 from pipelines import benchmark_page, page, red_team
 from pipelines.benchmark_config import BenchmarkConfig, DetectorConfig, VictimConfig
-from pipelines.benchmark_scores import DetectorScores, Floats, Victim, adapted_to_pool, fit_scorer, score_victim
+from pipelines.benchmark_scores import DetectorScores, Floats, Victim, decided, fit_scorer, score_victim
 from pipelines.command_line import command_line
 from pipelines.data import load_images, shapes_shard, write_shard
 from pipelines.page import Row
@@ -30,6 +30,7 @@ from sanitize.attacks.triggers import Trigger, make_trigger, poison_mask
 from sanitize.config import ThresholdPolicy
 from sanitize.config_loading import from_mapping, load_encoder_spec, load_yaml
 from sanitize.metrics import detection
+from sanitize.stages.agreement import NONE, Departures
 from sanitize.stages.thresholds import threshold_for
 
 log = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def measure(
     for rate in (*config.rates, BALANCED):
         scores, truth = attacked.pool(rate)
         quality = detection(scores, truth)
-        cut = attacked.threshold(scores, ThresholdPolicy())
+        cut = attacked.threshold(rate, ThresholdPolicy())
         rows.append(
             {
                 "attack": victim.name,
@@ -142,6 +143,7 @@ def measure(
                 "triggered_flagged": float((scores[truth] > cut).mean()) if cut is not None else "",
                 "asr": victim.asr,
                 "clean_accuracy": victim.clean_accuracy,
+                "passes": round(attacked.found.passes, 3),
                 "images_per_second": round(attacked.found.images_per_second),
                 "fit_seconds": round(attacked.found.fit_seconds, 1),
             }
@@ -192,9 +194,17 @@ class PoolScores:
             found = self.of_pool(rate)
             return np.concatenate([found.clean, found.triggered]), truth
         scores = np.concatenate([self.found.clean, self.found.triggered])[members]
-        if self.settings.adapt and self.detector:
-            scores = adapted_to_pool(self.detector, scores, self.found.statistics[members])
+        if self.detector and (self.settings.adapt or self.settings.agreement):
+            scores, _ = self.decided(scores, members)
         return scores, truth
+
+    def decided(self, scores: Floats, members: NDArray[np.int64]) -> tuple[Floats, Floats]:
+        """Scores of these members as pass 2 decides by them, and their null distribution."""
+        assert self.detector
+        found = self.found
+        statistics = found.statistics[members] if len(found.statistics) else found.statistics
+        departures = Departures(found.residuals[members], found.hashes[members]) if len(found.residuals) else NONE
+        return decided(self.detector, self.settings, scores, statistics, departures)
 
     def drawn(self, rate: float) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         return pool(len(self.victim.test), len(self.victim.triggered), rate, self.seed)
@@ -206,11 +216,16 @@ class PoolScores:
         smaller = dataclasses.replace(self.victim, triggered=triggered)
         return self.scored(smaller, pool_rate=rate)
 
-    def threshold(self, scores: Floats, policy: ThresholdPolicy) -> float | None:
-        """Of a scan with these scores; baselines have none."""
+    def threshold(self, rate: float, policy: ThresholdPolicy) -> float | None:
+        """Of a scan of the pool of this rate; baselines have none."""
         if self.detector is None:
             return None
         calibration = self.detector.calibration(self.settings.effort)
+        scores, _ = self.pool(rate)
+        if self.settings.adapt or self.settings.agreement:
+            members, _ = self.drawn(rate)
+            raw = np.concatenate([self.found.clean, self.found.triggered])[members]
+            scores, calibration = self.decided(raw, members)
         return float(np.float32(threshold_for(scores, calibration, policy)))
 
 
@@ -268,7 +283,7 @@ def clean_scans(config: BenchmarkConfig) -> list[Row]:
                 measured = PoolScores(config, victim, kind, aux, seed, detector, settings)
                 scores, _ = measured.pool(0)
                 for policy in ("calibrated", "fdr"):
-                    cut = measured.threshold(scores, ThresholdPolicy(policy))
+                    cut = measured.threshold(0, ThresholdPolicy(policy))
                     assert cut is not None
                     removed = int((scores > cut).sum())
                     low, high = binomtest(removed, len(scores)).proportion_ci(method="wilson")

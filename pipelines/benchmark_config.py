@@ -38,7 +38,7 @@ class Only:
 class DetectorConfig:
     """A scorer of the product (`scorer`), or a baseline of sanitize/detectors (`detector`).
 
-    Of a scorer: effort as in a scan; column: the statistic that is measured; adapt: as pass 2 does, to every pool; preset and
+    Of a scorer: effort as in a scan; column: the statistic that is measured; adapt, agreement: as pass 2 does, to every pool; preset and
     fit: settings of FitConfig.
     Of a baseline: settings: its own; other: red-team YAML whose clean encoder is its independent encoder; each_pool: it judges
     images by each other, so every pool is scored by itself; fit_on_pool: it is fitted on the pool instead of the auxiliary set.
@@ -48,6 +48,7 @@ class DetectorConfig:
     effort: str = "thorough"
     column: str = "score"
     adapt: bool = False
+    agreement: bool = False
     preset: str = "default"
     fit: dict[str, Any] = field(default_factory=dict)
     detector: str = ""
@@ -61,7 +62,9 @@ class DetectorConfig:
         check(bool(self.scorer) != bool(self.detector), "give either `scorer` or `detector`, not both.")
         if self.detector:
             check_detector(self.detector, self.settings | ({"other": None} if self.other else {}))
-            idle = [n for n in ("adapt", "fit") if getattr(self, n)] + ["effort"] * (self.effort != "thorough")
+            idle = [n for n in ("adapt", "agreement", "fit") if getattr(self, n)] + ["effort"] * (
+                self.effort != "thorough"
+            )
         else:
             check(self.scorer in SCORERS, f"scorer: {self.scorer!r} is not one of {', '.join(SCORERS)}.")
             check(self.column in STATISTICS, f"column: {self.column!r} is not one of {', '.join(STATISTICS)}.")

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import io
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,17 @@ from pipelines.data import load_images
 from sanitize import runtime, storage
 from sanitize.artifacts.detector_folder import Detector, load_detector, load_matching_encoder, make_scorer
 from sanitize.commands.fit import fit
-from sanitize.config import FitConfig, check, perturbed_share, preset
+from sanitize.config import FitConfig, check
 from sanitize.config_loading import from_mapping, load_encoder_spec, overlay, to_mapping
 from sanitize.detectors import fit_detector
 from sanitize.detectors.reference_set import ReferenceSet
+from sanitize.presets import preset
 from sanitize.records import DecodedImage
 from sanitize.stages.adaptation import reason_not_to_adapt
+from sanitize.stages.agreement import IMAGE_HASH, NONE, POOL, RESIDUALS, Departures, agreement_test, quantised
 from sanitize.stages.clean_reference import adapted, embedding_statistics
 from sanitize.stages.encoders import Encoder, embed_in_batches, load_encoder
+from sanitize.stages.evidence import AGREEMENT
 from sanitize.stages.perturbations import CHANGE_COLUMNS
 
 Floats = NDArray[np.float32]
@@ -55,6 +58,8 @@ class DetectorScores:
 
     triggered_target: (0,) for baselines
     statistics: (N, V + 2) of clean, then triggered images, of the scorer `reaction` when it perturbed every image; else (0, 0)
+    residuals (N, k + 1), hashes (N,): likewise of the scorer `evidence`, what pass 2 compares samples by; else empty
+    passes: encoder passes an image, on average
     """
 
     clean: Floats
@@ -63,6 +68,9 @@ class DetectorScores:
     statistics: Floats
     fit_seconds: float
     images_per_second: float
+    residuals: NDArray[np.int8] = field(default_factory=lambda: NONE.residuals)
+    hashes: NDArray[np.uint64] = field(default_factory=lambda: NONE.hashes)
+    passes: float = 1.0
 
 
 def score_victim(
@@ -104,11 +112,14 @@ def score_victim(
             statistics=arrays["statistics"],
             fit_seconds=float(arrays["fit_seconds"]),
             images_per_second=float(arrays["images_per_second"]),
+            residuals=arrays["residuals"],
+            hashes=arrays["hashes"],
+            passes=float(arrays["passes"]),
         )
 
 
 def _key(config: BenchmarkConfig, settings: DetectorConfig, pool_rate: float) -> str:
-    values = {name: value for name, value in to_mapping(settings).items() if name not in ("only", "adapt")}
+    values = {name: value for name, value in to_mapping(settings).items() if name not in ("only", "adapt", "agreement")}
     return storage.json_sha256([values, pool_rate, config.fit, config.auxiliary_images, config.test_images])[:8]
 
 
@@ -129,12 +140,19 @@ def score_with_product(
     rate = len(images) / (time.monotonic() - start)
     columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
     statistics = np.empty((0, 0), np.float32)
-    if detector.clean_reference and perturbed_share(settings.effort) == 1:
+    if detector.adaptable_reference(settings.effort):
         changes = torch.from_numpy(np.stack([columns[name] for name in CHANGE_COLUMNS], axis=1))
         norms, distances = (torch.from_numpy(columns[name]) for name in ("embedding_norm", "neighbour_distance"))
         statistics = embedding_statistics(changes, norms, distances).numpy()[: counts[0] + counts[1]]
     clean, triggered, target = np.split(columns[settings.column], np.cumsum(counts)[:2])
-    return DetectorScores(clean, triggered, target, statistics, seconds, rate)
+    pool = counts[0] + counts[1]
+    residuals, hashes, passes = NONE.residuals, NONE.hashes, 1.0
+    if RESIDUALS in columns:
+        residuals = quantised(columns[RESIDUALS][:pool])
+        hashes = np.ascontiguousarray(columns[IMAGE_HASH][:pool].astype(np.uint8)).view("<u8").reshape(-1)
+    if CHANGE_COLUMNS[0] in columns:
+        passes += len(CHANGE_COLUMNS) * float(np.isfinite(columns[CHANGE_COLUMNS[0]][:pool]).mean())
+    return DetectorScores(clean, triggered, target, statistics, seconds, rate, residuals, hashes, passes)
 
 
 def fit_scorer(
@@ -161,12 +179,20 @@ def as_decoded(images: Tensor) -> list[DecodedImage]:
     return [DecodedImage(i, str(i), "00" * 32, image, width, height, "ok", "") for i, image in enumerate(images)]
 
 
-def adapted_to_pool(detector: Detector, scores: Floats, statistics: Floats) -> Floats:
-    """What pass 2 of a scan of this pool would decide by (stages/adaptation.py)."""
-    reference = detector.clean_reference
-    if reference is None or reason_not_to_adapt(scores, detector.calibration("thorough")):
-        return scores
-    return adapted(reference, statistics).distance(torch.from_numpy(statistics)).numpy()
+def decided(
+    detector: Detector, settings: DetectorConfig, scores: Floats, statistics: Floats, departures: Departures
+) -> tuple[Floats, Floats]:
+    """What pass 2 of a scan of this pool would decide by (stages/adaptation.py), and its null distribution, sorted upwards."""
+    effort = settings.effort
+    calibration = detector.calibration(effort)
+    if settings.agreement:
+        test = agreement_test(NONE.joined(departures).longest(POOL), detector.departures, AGREEMENT)
+        null = test.combined(detector.calibration_scores(effort), detector.departures)
+        return test.combined(scores, departures), np.sort(null)
+    reference = detector.adaptable_reference(effort)
+    if not settings.adapt or reference is None or reason_not_to_adapt(scores, calibration):
+        return scores, calibration
+    return adapted(reference, statistics).distance(torch.from_numpy(statistics)).numpy(), calibration
 
 
 # ---------------------------------------------------------------- files of sanitize/detectors

@@ -44,9 +44,8 @@ class AttackFamily:
 
 
 _SSL = AttackFamily(ssl_victim.SslConfig, ssl_victim.inputs, ssl_victim.build)
-_ADAPTIVE = AttackFamily(ssl_victim.AdaptiveSslConfig, ssl_victim.inputs, ssl_victim.build)
 _CLIP = AttackFamily(clip_victim.ClipConfig, clip_victim.inputs, clip_victim.build)
-ATTACKS = {"badencoder": _SSL, "drupe": _SSL, "ctrl": _SSL, "adaptive": _ADAPTIVE, "clip_text": _CLIP, "badclip": _CLIP}
+ATTACKS = {"badencoder": _SSL, "drupe": _SSL, "ctrl": _SSL, "adaptive": _SSL, "clip_text": _CLIP, "badclip": _CLIP}
 PRESETS = ("cpu", "gpu")
 
 

@@ -1,4 +1,4 @@
-"""Victims among self-supervised encoders: BadEncoder, DRUPE, adaptive (fine-tuned on a shadow set), CTRL (poisoned pre-training)."""
+"""Victims among image encoders: BadEncoder, DRUPE, adaptive (fine-tuned on a shadow set), CTRL (poisoned pre-training)."""
 
 import dataclasses
 import logging
@@ -12,7 +12,7 @@ from torch import Tensor
 from pipelines.data import LabelledImages, identity, load_images
 from sanitize import storage
 from sanitize.artifacts.encoder_folder import save_encoder
-from sanitize.attacks import adaptive, badencoder, ctrl, drupe, evaluation, simclr
+from sanitize.attacks import adaptive, badencoder, ctrl, drupe, evaluation, simclr, supervised
 from sanitize.attacks.adaptive import AdaptiveConfig
 from sanitize.attacks.backdoor import unit
 from sanitize.attacks.badencoder import BadEncoderConfig
@@ -20,6 +20,7 @@ from sanitize.attacks.ctrl import CtrlConfig
 from sanitize.attacks.drupe import DrupeConfig
 from sanitize.attacks.evaluation import AttackReport, EncoderOutputs, HeadConfig
 from sanitize.attacks.simclr import SimclrConfig
+from sanitize.attacks.supervised import SupervisedConfig
 from sanitize.attacks.triggers import Trigger, make_trigger
 from sanitize.config import EncoderSpec, check
 from sanitize.config_loading import to_mapping
@@ -48,6 +49,7 @@ class SslConfig:
     """One victim. The block named like the attack holds its settings; the others stay out.
 
     references: how many reference images; reference_pool: 0 = the surest, else the most different of that many (DRUPE)
+    supervised: the clean encoder learns from labels in place of SimCLR
     """
 
     attack: str
@@ -62,22 +64,21 @@ class SslConfig:
     badencoder: BadEncoderConfig | None = None
     drupe: DrupeConfig | None = None
     ctrl: CtrlConfig | None = None
+    adaptive: AdaptiveConfig | None = None
+    supervised: SupervisedConfig | None = None
     head: HeadConfig = field(default_factory=HeadConfig)
     seed: int = 100
 
     def __post_init__(self) -> None:
-        blocks = [name for name in ("badencoder", "drupe", "ctrl", "adaptive") if getattr(self, name, None) is not None]
+        blocks = [name for name in ("badencoder", "drupe", "ctrl", "adaptive") if getattr(self, name) is not None]
         check(
             blocks == [self.attack],
             f"attack {self.attack}: needs the block `{self.attack}` and no other attack's; found {', '.join(blocks) or 'none'}.",
         )
-
-
-@dataclass(frozen=True)
-class AdaptiveSslConfig(SslConfig):
-    """The attacker who knows the detector. Apart, so that the identities of the other victims stay what they are."""
-
-    adaptive: AdaptiveConfig | None = None
+        check(
+            self.supervised is None or self.attack != "ctrl",
+            "supervised: CTRL poisons SimCLR's pre-training. Remove the block.",
+        )
 
 
 def inputs(config: SslConfig) -> dict[str, list[str]]:
@@ -91,8 +92,10 @@ def build(config: SslConfig, folder: str, zoo: str, device: torch.device) -> tup
     start = time.monotonic()
     size, data = config.encoder.image_size, config.data
     trigger = make_trigger(config.trigger)
-    pretrain = load_images(data.pretrain, data.pretrain_images, size, labelled=config.attack == "ctrl")
-    clean, earlier = pretrain_or_load(config, pretrain.pixels, zoo, device)
+    pretrain = load_images(
+        data.pretrain, data.pretrain_images, size, labelled=config.attack == "ctrl" or config.supervised is not None
+    )
+    clean, earlier = pretrain_or_load(config, pretrain, zoo, device)
     train = load_images(data.train, data.train_images, size)
     test = load_images(data.test, data.test_images, size)
     save_encoder(clean, storage.join(folder, "clean"))
@@ -106,8 +109,7 @@ def build(config: SslConfig, folder: str, zoo: str, device: torch.device) -> tup
         chosen = evaluation.choose_references(head, features, config.target, config.references, config.reference_pool)
         shadow = pretrain.pixels[: data.shadow_images or len(pretrain.pixels)]
         arguments = (clean, shadow, train.pixels[chosen], trigger)
-        if isinstance(config, AdaptiveSslConfig):
-            assert config.adaptive is not None
+        if config.adaptive:
             backdoored = adaptive.attack(*arguments, config.adaptive, config.seed, device)
         elif config.badencoder:
             backdoored = badencoder.attack(*arguments, config.badencoder, config.seed, device)
@@ -121,9 +123,12 @@ def build(config: SslConfig, folder: str, zoo: str, device: torch.device) -> tup
     return result, truth | {"seconds": round(earlier + time.monotonic() - start)}
 
 
-def pretrain_or_load(config: SslConfig, pixels: Tensor, zoo: str, device: torch.device) -> tuple[Encoder, float]:
+def pretrain_or_load(
+    config: SslConfig, images: LabelledImages, zoo: str, device: torch.device
+) -> tuple[Encoder, float]:
     """The clean encoder and the seconds an earlier run spent on it: taken from <zoo>/clean when its settings are the same."""
-    settings = [to_mapping(config.simclr), to_mapping(config.encoder), config.seed, len(pixels)]
+    recipe = config.supervised or config.simclr
+    settings = [to_mapping(recipe), to_mapping(config.encoder), config.seed, len(images.pixels)]
     key = storage.json_sha256([*settings, identity(config.data.pretrain)])[:12]
     folder = storage.join(zoo, "clean", key)
     marker = storage.join(folder, "pretrain.json")
@@ -132,7 +137,12 @@ def pretrain_or_load(config: SslConfig, pixels: Tensor, zoo: str, device: torch.
         spec = dataclasses.replace(config.encoder, weights=storage.join(folder, "encoder.safetensors"))
         return load_encoder(spec).to(device), float(storage.read_json(marker)["seconds"])
     start = time.monotonic()
-    encoder = simclr.pretrain(pixels, config.encoder, config.simclr, config.seed, device)
+    if config.supervised:
+        encoder = supervised.pretrain(
+            images.pixels, images.labels, config.encoder, config.supervised, config.seed, device
+        )
+    else:
+        encoder = simclr.pretrain(images.pixels, config.encoder, config.simclr, config.seed, device)
     save_encoder(encoder, folder)
     storage.write_json(marker, {"settings": settings, "seconds": time.monotonic() - start})
     return encoder, 0.0

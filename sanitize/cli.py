@@ -21,17 +21,16 @@ from sanitize.cli_options import (
 )
 from sanitize.cli_output import EXIT_CODES, Command, quiet_option, tell
 from sanitize.config import (
-    FIT_PRESETS,
     MODES,
     PRECISIONS,
     FinetuneConfig,
     FitConfig,
     ScanConfig,
     ThresholdPolicy,
-    preset,
 )
 from sanitize.config_loading import from_mapping, overlay, to_mapping
 from sanitize.errors import ConfigError
+from sanitize.presets import FIT_PRESETS, preset
 
 
 @click.group(cls=Command, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
@@ -63,6 +62,9 @@ def main() -> None:
     "preset_name",
     type=click.Choice(list(FIT_PRESETS)),
     help="default: low-resolution decoder; paper: as published [default: default]",
+)
+@click.option(
+    "--reference", help="YAML of an encoder its maker does not control, best the ancestor; predicts embeddings"
 )
 @click.option("--limit", type=int, help="Use at most this many auxiliary images")
 @click.option("--seed", type=int)
@@ -103,7 +105,7 @@ def fit(
 @click.option("--caption-member", help="txt or json:<field>; needs a CLIP with a tokenizer [default then: txt]")
 @click.option(
     "--effort",
-    help="thorough: perturb every image; fast: the most suspicious fifth; 0.05: that share [default: thorough]",
+    help="fast: perturb the undecided, 7.5 % of clean images; thorough: every image; 0.05: that share [default: fast]",
 )
 @click.option("--precision", type=click.Choice(PRECISIONS), help="[default: auto]")
 @click.option("--limit", type=int, help="Only the first so many shards: a trial, into an --out of its own")

@@ -59,8 +59,9 @@ def settings_of(section: str, config: str, settings: Sequence[str], options: dic
     for name in ("shards", "validation", "triggered"):
         if isinstance(values.get(name), str):
             values[name] = [values[name]]
-    if isinstance(values.get("encoder"), str):
-        values["encoder"] = load_encoder_spec(values["encoder"])
+    for name in ("encoder", "reference"):
+        if isinstance(values.get(name), str):
+            values[name] = load_encoder_spec(values[name])
     return values
 
 
@@ -93,7 +94,13 @@ def policy_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--threshold", type=float, help="absolute: remove scores above it"),
         click.option("--mad", type=float, help="robust: median + this many scaled MADs [default: 6]"),
         click.option(
-            "--adapt/--no-adapt", default=None, help="calibrated, fdr: adapt to the bulk of this scan [default: adapt]"
+            "--adapt/--no-adapt", default=None, help="scorer reaction: adapt to the bulk of this scan [default: adapt]"
+        ),
+        click.option(
+            "--agreement",
+            is_flag=True,
+            default=None,
+            help="calibrated, fdr: also judge samples by how they agree with each other",
         ),
         click.option(
             "--keep-unscored", is_flag=True, default=None, help="Keep samples without a score (undecodable, no image)"
@@ -107,7 +114,7 @@ def policy_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def take_policy(options: dict[str, Any]) -> dict[str, Any]:
     """Take the policy's options out, those that were given."""
-    values = {name: options.pop(name) for name in ("policy", *OWNERS, "adapt", "keep_unscored")}
+    values = {name: options.pop(name) for name in ("policy", *OWNERS, "adapt", "agreement", "keep_unscored")}
     return {name: value for name, value in values.items() if value is not None}
 
 

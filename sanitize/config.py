@@ -2,7 +2,6 @@
 
 import contextlib
 from dataclasses import dataclass, field
-from typing import Any
 
 from sanitize.errors import ConfigError
 
@@ -127,19 +126,50 @@ def check_precision(precision: str) -> None:
     check(precision in PRECISIONS, f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}.")
 
 
-SCORERS = ("reaction", "lowres", "paper")  # stages/scoring.py; a test holds both equal
+@dataclass(frozen=True)
+class PredictionConfig:
+    """How the embedding of an image is predicted; see stages/prediction.py.
+
+    views: of each auxiliary image, the plain one and benign changes, that the encoder is asked about; 0 = no prediction
+    images: at most so many to learn from; components: of the embedding, that are predicted
+    width, epochs, batch_size, learning_rate: of the student; a reference encoder needs none
+    """
+
+    views: int = 5
+    images: int = 4000
+    components: int = 48
+    width: int = 16
+    epochs: int = 5
+    batch_size: int = 128
+    learning_rate: float = 4e-3
+
+    def __post_init__(self) -> None:
+        check(0 <= self.views <= 100, f"prediction.views: {self.views} is not between 0 (no prediction) and 100.")
+        check(self.images >= 1 and self.epochs >= 1, "prediction.images and prediction.epochs must be at least 1.")
+        check(1 <= self.components <= 4096, f"prediction.components: {self.components} is not between 1 and 4096.")
+        check(1 <= self.width <= 1024, f"prediction.width: {self.width} is not between 1 and 1024.")
+        check(self.batch_size >= 2, f"prediction.batch_size: {self.batch_size} is not at least 2.")
+        check(self.learning_rate > 0, f"prediction.learning_rate: {self.learning_rate} is not above 0.")
+
+
+SCORERS = ("evidence", "reaction", "lowres", "paper")  # stages/scoring.py; a test holds both equal
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """`sanitize fit`: auxiliary shards + encoder → detector folder."""
+    """`sanitize fit`: auxiliary shards + encoder → detector folder.
+
+    reference: an encoder that the suspect's maker does not control, best the ancestor the suspect was fine-tuned from
+    """
 
     shards: tuple[str, ...]
     encoder: EncoderSpec
     out: str = "detector"
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    scorer: str = "reaction"
+    prediction: PredictionConfig = field(default_factory=PredictionConfig)
+    reference: EncoderSpec | None = None
+    scorer: str = "evidence"
     test_mask_ratio: float = 1.0
     seed: int = 21
     image_member: str = ""
@@ -155,6 +185,11 @@ class FitConfig:
         check(self.scorer in SCORERS, f"scorer: {self.scorer!r} is not one of {', '.join(SCORERS)}.")
         check(0 < self.test_mask_ratio <= 1, "test_mask_ratio: must be above 0 and at most 1.")
         check(self.limit >= 0 and self.batch_size >= 1, "limit must be >= 0 and batch_size >= 1.")
+        check(
+            self.reference is None or (self.scorer == "evidence" and self.prediction.views > 0),
+            f"reference: scorer {self.scorer} with prediction.views {self.prediction.views} asks no reference encoder. Leave it out, "
+            "or use scorer evidence and prediction.views of at least 1.",
+        )
 
 
 POLICIES = ("calibrated", "fdr", "fraction", "absolute", "robust")
@@ -171,9 +206,8 @@ class ThresholdPolicy:
     fraction: float = 0.01  # fraction: share of the samples to remove
     threshold: float = 0.0  # absolute: remove scores above it
     mad: float = 6.0  # robust: remove scores above median + mad * (scaled median absolute deviation)
-    adapt: bool = (
-        True  # calibrated, fdr: measure the distance from the bulk of this scan; needs the scorer `reaction`, thorough
-    )
+    adapt: bool = True  # calibrated, fdr: measure the distance from the bulk of this scan; of `reaction`, thorough
+    agreement: bool = False  # calibrated, fdr: also judge samples by each other (stages/agreement.py); of `evidence`
     keep_unscored: bool = False
 
     def __post_init__(self) -> None:
@@ -181,9 +215,13 @@ class ThresholdPolicy:
         check(0 < self.fpr < 1, f"fpr: {self.fpr} is not between 0 and 1.")
         check(0 <= self.fraction <= 1, f"fraction: {self.fraction} is not between 0 and 1.")
         check(self.mad > 0, f"mad: {self.mad} is not above 0.")
+        check(
+            not self.agreement or self.policy in ("calibrated", "fdr"),
+            f"agreement: policy {self.policy} compares with no clean images. Use calibrated or fdr, or leave it out.",
+        )
 
 
-EFFORTS = {"fast": 0.2, "thorough": 1.0}
+EFFORTS = {"fast": 0.075, "thorough": 1.0}  # fast: 1 + 4 x 0.075 = 1.3 encoder passes an image
 
 
 def perturbed_share(effort: str) -> float:
@@ -204,7 +242,7 @@ class ScanConfig:
     out: str = "scanned"
     encoder: EncoderSpec | None = None  # default: the one the detector names
     policy: ThresholdPolicy = field(default_factory=ThresholdPolicy)
-    effort: str = "thorough"  # of the scorer `reaction`: see `perturbed_share`
+    effort: str = "fast"  # of the scorers evidence and reaction: see `perturbed_share`
     scores_only: bool = False
     force: bool = False
     limit: int = 0  # scan only the first so many shards; 0 = all
@@ -313,38 +351,3 @@ class FinetuneConfig:
             "YAML.",
         )
         check_precision(self.precision)
-
-
-# ---------------------------------------------------------------- presets
-
-# "default": low-resolution decoder. "paper": shapes, schedule and ratios of DeDe's reference code (tardisblue9/DeDe).
-FIT_PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "paper": {
-        "scorer": "paper",
-        "test_mask_ratio": 0.99,
-        "decoder": {
-            "image_size": 32,
-            "patch_size": 4,
-            "width": 192,
-            "heads": 3,
-            "encoder_depth": 12,
-            "decoder_depth": 4,
-            "standardize_embedding": False,
-        },
-        "training": {
-            "epochs": 200,
-            "batch_size": 256,
-            "learning_rate": 1e-3,
-            "weight_decay": 1e-6,
-            "mask_ratio_min": 0.9,
-            "mask_ratio_max": 0.9,
-            "schedule": "constant",
-        },
-    },
-}
-
-
-def preset(name: str) -> dict[str, Any]:
-    check(name in FIT_PRESETS, f"preset {name!r} is not known. Use one of {', '.join(FIT_PRESETS)}.")
-    return FIT_PRESETS[name]

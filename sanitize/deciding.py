@@ -12,9 +12,10 @@ from sanitize import storage
 from sanitize.artifacts.detector_folder import Detector, load_detector
 from sanitize.artifacts.scan_folder import Run, ScanFolder, ShardMarker
 from sanitize.config import ThresholdPolicy
-from sanitize.errors import RefusedError
+from sanitize.errors import ConfigError, RefusedError
 from sanitize.stages import thresholds
-from sanitize.stages.adaptation import score_adapter
+from sanitize.stages.adaptation import agreement_adapter, score_adapter
+from sanitize.stages.agreement import Departures
 from sanitize.stages.decision_table import Rule
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,13 @@ def find_rule(scans: Sequence[Scanned], policy: ThresholdPolicy, force: bool) ->
     calibration = detector.calibration(first.effort) if detector else np.empty(0, np.float32)
     reference = detector.adaptable_reference(first.effort) if detector and policy.adapt else None
     samples = {scan.folder.scores(marker.shard): marker.samples for scan in scans for marker in scan.markers}
-    adapter = score_adapter(samples, reference, calibration)
+    if detector and policy.agreement:
+        adapter = agreement_adapter(samples, _departures(detector, first))
+        if adapter.agreement:
+            known = detector.calibration_scores(first.effort)
+            calibration = np.sort(adapter.agreement.combined(known, detector.departures))
+    else:
+        adapter = score_adapter(samples, reference, calibration)
     scores = adapter.scores_of_all(samples)
     threshold = thresholds.threshold_for(scores, calibration, policy)
     _warn_of_small_calibration(policy, threshold, len(calibration))
@@ -123,6 +130,16 @@ def _detector(out: str, run: Run, policy: ThresholdPolicy) -> Detector | None:
             f"{run.detector}: is not the detector that {out} was scanned with. Restore it, or scan again."
         )
     return detector
+
+
+def _departures(detector: Detector, run: Run) -> Departures:
+    """Of the calibration images. Raises ConfigError when nothing was predicted."""
+    if not len(detector.departures):
+        raise ConfigError(
+            f"agreement: the detector {run.detector} was fitted without a prediction, so samples cannot be compared. Leave it out, or fit "
+            "with the scorer evidence and enough auxiliary images (`sanitize fit` says how many) and scan again."
+        )
+    return detector.departures
 
 
 def _warn_of_small_calibration(policy: ThresholdPolicy, threshold: float, calibration: int) -> None:

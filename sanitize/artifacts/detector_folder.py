@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -14,20 +15,24 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sanitize import storage
+from sanitize.artifacts.predictor_tensors import PredictorShape, filled_predictor, named_tensors, shape_of
 from sanitize.artifacts.run_record import library_versions
 from sanitize.config import SCORERS, DecoderConfig, EncoderSpec, check, perturbed_share
 from sanitize.config_loading import from_mapping, to_mapping
 from sanitize.errors import CheckpointError
 from sanitize.parquet import read_table
+from sanitize.stages.agreement import IMAGE_HASH, NONE, RESIDUALS, Departures
 from sanitize.stages.clean_reference import CleanReference
 from sanitize.stages.decoder import Decoder
 from sanitize.stages.encoders import Encoder, load_encoder
+from sanitize.stages.evidence import KINDS, PREDICTION, REACTION, WHEREABOUTS, Evidence, combination
 from sanitize.stages.images import DECODE_PATH
 from sanitize.stages.perturbations import PERTURBATIONS
-from sanitize.stages.scoring import References, Scorer
+from sanitize.stages.prediction import Predictor
+from sanitize.stages.scoring import References, Scorer, Witnesses
 from sanitize.stages.text import TextEncoder
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 DESCRIPTION, WEIGHTS, CALIBRATION = "detector.json", "decoder.safetensors", "calibration.parquet"
 # names on disk of this format version → ours
 _REFERENCE_TENSORS = {"clean.centre": "centre", "clean.precision": "precision", "clean.bank": "clean_embeddings"}
@@ -37,13 +42,17 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class FitSummary:
-    """Training and calibration in numbers, for people. calibration_score_quantiles: quantile as text → score."""
+    """Training and calibration in numbers, for people. calibration_score_quantiles: quantile as text → score.
+
+    prediction_explained: R² of the predictor on images it never saw; null without one. A low one is worth little weight in the score.
+    """
 
     training_images: int
     calibration_images: int
     epochs: int
     loss_by_epoch: tuple[float, ...]
     calibration_score_quantiles: dict[str, float]
+    prediction_explained: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,9 @@ class Description:
     summary: FitSummary
     versions: dict[str, str]
     sha256: dict[str, str]
+    predictor: PredictorShape | None = None
+    reference: EncoderSpec | None = None
+    reference_fingerprint: str = ""
 
     def __post_init__(self) -> None:
         check(self.scorer in SCORERS, f"scorer: {self.scorer!r} is not one of {', '.join(SCORERS)}.")
@@ -74,7 +86,9 @@ class Description:
 class Detector:
     """Everything a scan needs. Scores and prescreen scores are those of held-out auxiliary images, aligned, (n,) float32.
 
-    clean_reference: of the scorer `reaction`, else None; prescreen_scores: likewise, else the scores again.
+    clean_reference: of the scorers `evidence` and `reaction`, else None; prescreen_scores: of their one pass, else the scores again.
+    predictor: of the scorer `evidence`, if it is worth anything; reference: the encoder through which it sees images, if any.
+    evidence: of the scorer `evidence`, kind → its values on the same images; empty for the others. departures: likewise, with a predictor.
     """
 
     encoder: EncoderSpec
@@ -88,24 +102,42 @@ class Detector:
     mask_ratio: float
     seed: int
     summary: FitSummary
+    predictor: Predictor | None = None
+    reference: EncoderSpec | None = None
+    reference_fingerprint: str = ""
+    evidence: Mapping[str, Floats] = field(default_factory=dict)
+    departures: Departures = NONE
     fingerprint: str = ""  # of the folder; known after save or load
 
-    def prescreen_threshold(self, effort: str) -> float:
-        """The prescreen score below which `effort` perturbs nothing: the quantile that its share of clean images exceeds."""
+    def undecided(self, effort: str) -> tuple[float, float]:
+        """Lowest and highest score of the one pass with which `effort` perturbs an image. The lowest: the quantile that its share of clean
+        images exceeds. The highest, of `evidence`: more than any clean image had, so that nothing more needs to be known."""
         share = perturbed_share(effort)
         if self.clean_reference is None or share == 1:
-            return -math.inf
-        return float(np.quantile(self.prescreen_scores, 1 - share))
+            return -math.inf, math.inf
+        highest = float(self.prescreen_scores.max()) if self.evidence else math.inf
+        return float(np.quantile(self.prescreen_scores, 1 - share)), highest
 
     def calibration(self, effort: str) -> Floats:
         """The null distribution of the score under `effort`, sorted upwards."""
-        threshold = self.prescreen_threshold(effort)
-        below = self.prescreen_scores - np.float32(threshold)
-        return np.sort(np.where(self.prescreen_scores >= threshold, self.scores, below))
+        return np.sort(self.calibration_scores(effort))
+
+    def calibration_scores(self, effort: str) -> Floats:
+        """The same, image by image."""
+        low, high = self.undecided(effort)
+        first = self.prescreen_scores if self.evidence else self.prescreen_scores - np.float32(low)
+        perturbed = (self.prescreen_scores >= low) & (self.prescreen_scores <= high)
+        scores: Floats = np.where(perturbed, self.scores, first)
+        return scores
+
+    def combination(self) -> Evidence:
+        """Of the scorer `evidence`."""
+        explained = self.predictor.explained if self.predictor else None
+        return combination(self.evidence, explained)
 
     def adaptable_reference(self, effort: str) -> CleanReference | None:
-        """What pass 2 may move to the bulk of a scan: only when that scan perturbed every image."""
-        return self.clean_reference if perturbed_share(effort) == 1 else None
+        """What pass 2 may move to the bulk of a scan: only of `reaction`, when that scan perturbed every image."""
+        return self.clean_reference if perturbed_share(effort) == 1 and not self.evidence else None
 
 
 def save_detector(detector: Detector, folder: str) -> Detector:
@@ -114,10 +146,15 @@ def save_detector(detector: Detector, folder: str) -> Detector:
     tensors |= {"references.mean": detector.references.mean, "references.mean_square": detector.references.mean_square}
     if reference := detector.clean_reference:
         tensors |= {theirs: getattr(reference, ours).contiguous() for theirs, ours in _REFERENCE_TENSORS.items()}
+    if predictor := detector.predictor:
+        tensors |= named_tensors(predictor)
     weights = safetensors.torch.save(tensors)
     storage.write_bytes(storage.join(folder, WEIGHTS), weights)
     sink = pa.BufferOutputStream()
     columns = {theirs: pa.array(getattr(detector, ours), pa.float32()) for theirs, ours in _CALIBRATION_COLUMNS.items()}
+    columns |= {kind: pa.array(values, pa.float32()) for kind, values in detector.evidence.items()}
+    if len(detector.departures):
+        columns |= {name: pa.array(column, pa.binary()) for name, column in detector.departures.as_bytes().items()}
     pq.write_table(pa.table(columns), sink)
     calibration = sink.getvalue().to_pybytes()
     storage.write_bytes(storage.join(folder, CALIBRATION), calibration)
@@ -134,6 +171,9 @@ def save_detector(detector: Detector, folder: str) -> Detector:
         summary=detector.summary,
         versions=library_versions(),
         sha256={WEIGHTS: hashlib.sha256(weights).hexdigest(), CALIBRATION: hashlib.sha256(calibration).hexdigest()},
+        predictor=shape_of(predictor) if predictor else None,
+        reference=detector.reference,
+        reference_fingerprint=detector.reference_fingerprint,
     )
     storage.write_json(storage.join(folder, DESCRIPTION), to_mapping(description))
     return load_detector(folder)
@@ -154,6 +194,7 @@ def load_detector(folder: str) -> Detector:
         )
     description = from_mapping(Description, values, path)
     weights, calibration = (_checked(folder, name, description) for name in (WEIGHTS, CALIBRATION))
+    shape = description.predictor
     try:
         tensors = safetensors.torch.load(weights)
         table = read_table(pa.BufferReader(calibration))
@@ -168,6 +209,11 @@ def load_detector(folder: str) -> Detector:
             mask_ratio=description.mask_ratio,
             seed=description.seed,
             summary=description.summary,
+            predictor=filled_predictor(shape, description.embedding_size, tensors) if shape else None,
+            reference=description.reference,
+            reference_fingerprint=description.reference_fingerprint,
+            departures=_departures(table),
+            evidence={kind: table.column(kind).to_numpy() for kind in KINDS if kind in table.column_names},
             fingerprint=storage.file_sha256(path),
             **columns,
         )
@@ -196,6 +242,12 @@ def _clean_reference(tensors: dict[str, Tensor]) -> CleanReference | None:
     return CleanReference(**found) if found else None
 
 
+def _departures(calibration: pa.Table) -> Departures:
+    if RESIDUALS not in calibration.column_names:
+        return NONE
+    return Departures.from_bytes(*(calibration.column(name).to_pylist() for name in (RESIDUALS, IMAGE_HASH)))
+
+
 def _require_usable(detector: Detector, description: Description) -> None:
     """Raises ValueError when shapes do not belong together or a number is not finite: it would leave every image without a score."""
     side, embedding = description.decoder.image_size, description.embedding_size
@@ -211,15 +263,23 @@ def _require_usable(detector: Detector, description: Description) -> None:
             ("clean.precision", reference.precision, (columns, columns)),
             ("clean.bank", reference.clean_embeddings, (max(known, 1), embedding)),
         ]
-    elif detector.scorer == "reaction":
-        raise ValueError(f"{WEIGHTS}: the scorer reaction needs clean.centre")
+    elif detector.scorer in ("reaction", "evidence"):
+        raise ValueError(f"{WEIGHTS}: the scorer {detector.scorer} needs clean.centre")
     for name, tensor, shape in shapes:
         if tensor.dtype != torch.float32 or tensor.shape != shape:
             raise ValueError(f"{WEIGHTS}: {name} is {tensor.dtype} {tuple(tensor.shape)}, float32 {shape} was expected")
     numbers = [*(tensor for _, tensor, _ in shapes), *detector.decoder.state_dict().values()]
     if not all(bool(torch.isfinite(tensor).all()) for tensor in numbers):
         raise ValueError(f"{WEIGHTS}: holds numbers that are not finite")
-    for scores in (detector.scores, detector.prescreen_scores):
+    if detector.scorer == "evidence" and not {WHEREABOUTS, REACTION} <= detector.evidence.keys():
+        raise ValueError(f"{CALIBRATION}: the scorer evidence needs the columns {WHEREABOUTS} and {REACTION}")
+    if (detector.predictor is None) != (PREDICTION not in detector.evidence):
+        raise ValueError(f"{CALIBRATION}: a predictor needs the column {PREDICTION}, and that column a predictor")
+    if detector.predictor and len(detector.departures) != len(detector.scores):
+        raise ValueError(f"{CALIBRATION}: a predictor needs the columns {RESIDUALS} and {IMAGE_HASH}")
+    if detector.predictor and (detector.predictor.eye_size == 0) != (detector.reference is not None):
+        raise ValueError("a predictor sees small images or features of a reference encoder, one of both")
+    for scores in (detector.scores, detector.prescreen_scores, *detector.evidence.values()):
         if scores.dtype != np.float32 or not len(scores) or not np.isfinite(scores).all():
             raise ValueError(f"{CALIBRATION}: holds no scores, or some that are not finite")
 
@@ -247,6 +307,19 @@ def load_matching_encoder(detector: Detector, spec: EncoderSpec | None) -> Encod
     return encoder
 
 
+def load_reference(detector: Detector) -> Encoder | None:
+    """The encoder through which the predictor sees images; None when it sees them itself. Raises CheckpointError when it is another."""
+    if detector.reference is None:
+        return None
+    encoder = load_encoder(detector.reference)
+    if encoder.fingerprint() != detector.reference_fingerprint:
+        name = detector.reference.weights or detector.reference.architecture
+        raise CheckpointError(
+            f"{name}: is not the reference encoder that the detector was fitted with. Restore that file, or run `sanitize fit` again."
+        )
+    return encoder
+
+
 def make_scorer(
     detector: Detector,
     encoder: Encoder,
@@ -256,6 +329,10 @@ def make_scorer(
     effort: str = "thorough",
     text: TextEncoder | None = None,
 ) -> Scorer:
+    low, high = detector.undecided(effort)
+    witnesses = None
+    if detector.evidence:
+        witnesses = Witnesses(detector.combination(), (low, high), detector.predictor, load_reference(detector))
     return Scorer(
         encoder,
         detector.decoder,
@@ -267,5 +344,6 @@ def make_scorer(
         device=device,
         text=text,
         clean_reference=detector.clean_reference,
-        prescreen_threshold=detector.prescreen_threshold(effort),
+        prescreen_threshold=low,
+        witnesses=witnesses,
     )

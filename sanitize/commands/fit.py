@@ -1,12 +1,13 @@
 """`sanitize fit`: auxiliary shards + encoder → detector folder.
 
-embed (once per image, cached by shard) → split off calibration images → train the decoder → references → calibrate.
+embed (once per image, cached by shard) → split off calibration images → train the decoder → references → train the predictor →
+calibrate.
 """
 
 import dataclasses
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,15 @@ from sanitize.runtime import Resources
 from sanitize.stages.clean_reference import CleanReference, fit_clean_reference
 from sanitize.stages.decoder import Decoder
 from sanitize.stages.encoders import Encoder, load_encoder
+from sanitize.stages.evidence import PREDICTION, REACTION, WHEREABOUTS, combination
 from sanitize.stages.preprocessing import complete_spec
 from sanitize.stages.scoring import Floats, References, Scorer
 from sanitize.stages.shards import head_tails, list_shards
+from sanitize.training import split
 from sanitize.training.calibration import StatisticsTask, measure_statistics, rows_of
 from sanitize.training.decoder import Auxiliary, TrainingState, train_decoder
 from sanitize.training.embedding_cache import EmbedTask, load_embeddings
+from sanitize.training.prediction import NO_PREDICTION, Prediction, learn_to_predict, require_independent
 
 log = logging.getLogger(__name__)
 REFERENCE_IMAGES = (
@@ -50,6 +54,9 @@ def fit(config: FitConfig) -> Detector:
     config = dataclasses.replace(config, encoder=complete_spec(config.encoder))
     encoder = load_encoder(config.encoder)
     fingerprint = encoder.fingerprint()
+    if config.reference:
+        config = dataclasses.replace(config, reference=complete_spec(config.reference))
+        require_independent(config, fingerprint)
     with folder_lock(config.out, "fit"):
         run_record.claim_folder(
             config.out, "fit.json", _identity(config, fingerprint, shards), "a fit", inputs=("inputs",)
@@ -63,19 +70,23 @@ def fit(config: FitConfig) -> Detector:
         )
         with runtime.session_for(resources, config.address):
             auxiliary, used = _embed(config, shards, resources)
-            held_out_mask = torch.from_numpy(
-                _held_out(auxiliary.hashes, config.training.calibration_fraction, config.seed)
-            )
-            training, held_out = auxiliary.select(~held_out_mask), auxiliary.select(held_out_mask)
+            mask = split.held_out(auxiliary.hashes, config.training.calibration_fraction, config.seed)
+            training, held_out = auxiliary.select(~mask), auxiliary.select(mask)
             _require_enough(len(training.hashes), len(held_out.hashes), config.training.calibration_fraction)
             state = train_decoder(config, training, resources)
             scorer = _scorer(config, encoder, state.decoder, training)
             scores, reconstructions = _reconstruction_scores(scorer, held_out)
-            calibrated, reference = Calibration(scores.numpy(), scores.numpy()), None
-            if config.scorer == "reaction":
+            calibrated, reference, prediction = Calibration(scores.numpy(), scores.numpy()), None, NO_PREDICTION
+            if config.scorer == "evidence":
+                prediction = learn_to_predict(config, used, training.hashes, held_out.hashes, resources)
+            if config.scorer in ("evidence", "reaction"):
                 reference, calibrated = _calibrate(config, used, training, held_out, resources)
+            if config.scorer == "evidence":
+                calibrated = _combine(calibrated, prediction)
         _require_finite(calibrated.scores)
-        detector = _detector(config, fingerprint, state, scorer.references, reference, calibrated, len(training.hashes))
+        detector = _detector(
+            config, fingerprint, state, scorer.references, reference, calibrated, prediction, len(training.hashes)
+        )
         image = storage.join(config.out, "reconstructions.png")
         plots.write_reconstructions(image, held_out.images, reconstructions, scores)
         saved = save_detector(detector, config.out)
@@ -125,14 +136,6 @@ def _embed(config: FitConfig, shards: list[Shard], resources: Resources) -> tupl
         for name in ("embeddings", "images", "hashes")
     )
     return Auxiliary(embeddings, images, hashes), list(parts)
-
-
-def _held_out(hashes: Tensor, fraction: float, seed: int) -> np.ndarray:
-    """(N,) bool. Decided by the image's bytes, so that copies of one image never stand on both sides."""
-    words = hashes[:, :8].contiguous().numpy().view(np.uint64).reshape(-1)
-    mixed = (words ^ np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)) % np.uint64(1_000_003)
-    held_out: np.ndarray = mixed < fraction * 1_000_003
-    return held_out
 
 
 def _require_enough(training: int, held_out: int, fraction: float) -> None:
@@ -206,10 +209,11 @@ def _reconstruction_scores(scorer: Scorer, auxiliary: Auxiliary) -> tuple[Tensor
 
 @dataclass(frozen=True)
 class Calibration:
-    """Of held-out images, aligned, (n,) float32 each."""
+    """Of held-out images, aligned, (n,) float32 each. prescreen_scores: of the one pass; evidence: of the scorer `evidence`."""
 
     scores: Floats
     prescreen_scores: Floats
+    evidence: dict[str, Floats] = field(default_factory=dict)
 
 
 def _calibrate(
@@ -234,6 +238,16 @@ def _calibrate(
     return reference, Calibration(reference.distance(observed).numpy(), reference.prescreen_score(observed).numpy())
 
 
+def _combine(calibrated: Calibration, prediction: Prediction) -> Calibration:
+    """Scores of `evidence`: of everything, and of what the one pass gives."""
+    first = {WHEREABOUTS: calibrated.prescreen_scores}
+    if prediction.predictor:
+        first[PREDICTION] = prediction.energy
+    values = first | {REACTION: calibrated.scores}
+    evidence = combination(values, prediction.predictor.explained if prediction.predictor else None)
+    return Calibration(evidence.score(values), evidence.score(first), values)
+
+
 def _require_finite(scores: Floats) -> None:
     if not np.isfinite(scores).all():
         raise SanitizeError(
@@ -248,6 +262,7 @@ def _detector(
     references: References,
     reference: CleanReference | None,
     calibrated: Calibration,
+    prediction: Prediction,
     training_images: int,
 ) -> Detector:
     quantiles = {f"{q:g}": float(np.quantile(calibrated.scores, q)) for q in (0.01, 0.5, 0.9, 0.99)}
@@ -257,6 +272,7 @@ def _detector(
         epochs=config.training.epochs,
         loss_by_epoch=tuple(round(loss, 6) for loss in state.losses),
         calibration_score_quantiles=quantiles,
+        prediction_explained=prediction.explained,
     )
     return Detector(
         encoder=with_absolute_paths(config.encoder),
@@ -270,4 +286,9 @@ def _detector(
         mask_ratio=config.test_mask_ratio,
         seed=config.seed,
         summary=summary,
+        predictor=prediction.predictor,
+        reference=with_absolute_paths(config.reference) if config.reference and prediction.predictor else None,
+        reference_fingerprint=prediction.reference_fingerprint,
+        evidence=calibrated.evidence,
+        departures=prediction.departures,
     )

@@ -1,4 +1,5 @@
-"""The score that decides in pass 2: the one of the table, or, for the scorer `reaction`, one adapted to the bulk of the scan.
+"""The score that decides in pass 2: the one of the table; for the scorer `evidence`, joined by how samples agree with each other
+(agreement.py); for the scorer `reaction`, adapted to the bulk of the scan.
 
 A detector knows clean images from its auxiliary set. A scan of other images has other clean statistics, and more of them
 cross the threshold than promised. The columns of pass 1 are enough to move centre and covariance to the scan's own bulk.
@@ -19,7 +20,9 @@ from sanitize import storage
 from sanitize.errors import StorageError
 from sanitize.progress import ProgressDisplay
 from sanitize.stages import score_table
+from sanitize.stages.agreement import NEIGHBOURS, NONE, POOL, AgreementTest, Departures, agreement_test
 from sanitize.stages.clean_reference import CleanReference, adapted
+from sanitize.stages.evidence import AGREEMENT
 
 log = logging.getLogger(__name__)
 Floats = NDArray[np.float32]
@@ -31,17 +34,25 @@ FEW_FLAGGED = 0.05  # of the scan, that adapting may flag whatever was flagged b
 
 @dataclass(frozen=True)
 class ScoreAdapter:
-    """Turns score rows into the deciding scores. reference: the adapted one; None = the scores as they are."""
+    """Turns score rows into the deciding scores. reference: the adapted one (`reaction`); agreement: joins the score (`evidence`); neither:
+    the scores as they are."""
 
     reference: CleanReference | None = None
+    agreement: AgreementTest | None = None
 
     @property
     def columns(self) -> Sequence[str]:
         """What `scores` needs."""
+        if self.agreement:
+            return ["score", *score_table.VECTORS]
         return ["score"] if self.reference is None else score_table.STATISTICS_COLUMNS
 
     def scores(self, table: pa.Table) -> Floats:
         """(N,) float32 in row order, NaN for unscored samples."""
+        if self.agreement:
+            scores, (departures, has) = score_table.numbers(table, "score"), score_table.departures(table)
+            scores[has] = self.agreement.combined(scores[has], departures)
+            return scores
         if self.reference is None:
             return score_table.numbers(table, "score")
         return self.reference.distance(torch.from_numpy(score_table.statistics(table))).numpy()
@@ -65,6 +76,8 @@ class ScoreAdapter:
     @property
     def identity(self) -> str:
         """For people and for comparing two decisions; the same scan gives the same."""
+        if self.agreement:
+            return f"with agreement {self.agreement.identity}"
         if self.reference is None:
             return "as scored"
         tensors = {"centre": self.reference.centre.tolist(), "precision": self.reference.precision.tolist()}
@@ -97,6 +110,16 @@ def score_adapter(samples: Mapping[str, int], reference: CleanReference | None, 
         return ScoreAdapter()
     log.info("adapted to the scan: %.2f %% of it stand out, %.2f %% before", 100 * shares[1], 100 * shares[0])
     return ScoreAdapter(moved)
+
+
+def agreement_adapter(samples: Mapping[str, int], clean: Departures) -> ScoreAdapter:
+    """For the scorer `evidence`. samples: score file → how many; clean: of the calibration images. Memory: one file and the pool."""
+    pool = NONE
+    for table in score_table.read_each(list(samples), list(score_table.VECTORS)):
+        pool = pool.joined(score_table.departures(table)[0]).longest(POOL)
+    if len(pool) <= NEIGHBOURS:
+        return ScoreAdapter()
+    return ScoreAdapter(agreement=agreement_test(pool, clean, AGREEMENT))
 
 
 def reason_not_to_adapt(scores: Floats, calibration: Floats) -> str:

@@ -99,3 +99,11 @@ def shrink(images: Tensor, size: int, resize: str = "squash") -> Tensor:
     if images.shape[-2:] == (size, size):
         return images
     return functional.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
+
+
+def difference_hash(images: Tensor) -> Tensor:
+    """(B, 3, H, W) in [0, 1] → (B, 8) uint8: whether each of 8 x 8 places is darker than its right neighbour (dHash, Krawetz 2013).
+    Equal for copies, and nearly so after resizing, recompression or a slight change of colour."""
+    grey = functional.interpolate(images.mean(dim=1, keepdim=True), (8, 9), mode="bilinear", antialias=True)
+    darker = (grey[..., 1:] - grey[..., :-1] > 1e-3).squeeze(1)
+    return (darker * (2 ** torch.arange(8, device=images.device))).sum(dim=2).to(torch.uint8)

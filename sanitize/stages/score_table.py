@@ -15,13 +15,14 @@ from sanitize.errors import StorageError
 from sanitize.hashing import HashingWriter
 from sanitize.parquet import read_table
 from sanitize.records import DecodedImage
+from sanitize.stages.agreement import IMAGE_HASH, RESIDUALS, Departures, quantised
 from sanitize.stages.clean_reference import embedding_statistics
 from sanitize.stages.perturbations import CHANGE_COLUMNS
 from sanitize.stages.shards import printable
 from sanitize.stages.thresholds import p_values
 
 Floats = NDArray[np.float32]
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 STATISTICS: Mapping[str, str] = {  # column, float32 → what it means; null where an image has none
     "score": "the statistic that decides; higher = more suspicious",
     "p_value": "of the score against calibration: (1 + #{calibration >= score}) / (n + 1)",
@@ -29,8 +30,16 @@ STATISTICS: Mapping[str, str] = {  # column, float32 → what it means; null whe
     "error_reference": "the same image against reconstructions of other embeddings",
     "embedding_norm": "length of the raw embedding",
     "text_similarity": "cosine of image and caption embeddings; only when captions are read",
-    "neighbour_distance": "to the 16th nearest of the clean embeddings, 0 to 2; only of the scorer `reaction`",
+    "neighbour_distance": "to the 16th nearest of the clean embeddings, 0 to 2; of the scorers `evidence` and `reaction`",
+    "prediction_residual": "squared Mahalanobis distance of the embedding from the predicted one, over the number of components",
+    "prediction_energy": "the same less that of the embedding from the mean: how much less likely it is given the image; decides",
     **dict.fromkeys(CHANGE_COLUMNS, "log cosine change of the embedding under this perturbation, where it was tried"),
+}
+VECTORS: Mapping[
+    str, str
+] = {  # column of bytes, what pass 2 compares samples by (stages/agreement.py); null where there is none
+    RESIDUALS: "how the embedding departs from the predicted one: int8 coordinates in eighths of a clean image's deviation",
+    IMAGE_HASH: "what the image looks like: difference hash, 8 bytes",
 }
 SCHEMA = pa.schema(
     [
@@ -43,6 +52,7 @@ SCHEMA = pa.schema(
         ("status", pa.string()),
         ("reason", pa.string()),  # why there is no score; of scored samples: why there is no text_similarity
         *((name, pa.float32()) for name in STATISTICS),
+        *((name, pa.binary()) for name in VECTORS),
     ]
 )
 STATISTICS_COLUMNS = [*CHANGE_COLUMNS, "embedding_norm", "neighbour_distance"]
@@ -56,7 +66,9 @@ def rows(shard: str, decoded: Sequence[DecodedImage], columns: Mapping[str, Floa
     statuses, reasons = [image.status for image in decoded], [image.reason or image.caption_reason for image in decoded]
     for position in np.flatnonzero(has_pixels)[~finite]:
         statuses[position], reasons[position] = "not_finite", "the model gave no finite score or had no memory for it"
-    known = {**columns, "p_value": p_values(columns["score"], calibration)}
+    vectors = {name: columns[name][finite] for name in VECTORS if name in columns}
+    known = {name: values for name, values in columns.items() if name not in VECTORS}
+    known["p_value"] = p_values(columns["score"], calibration)
     assert known.keys() <= STATISTICS.keys(), f"not in STATISTICS: {known.keys() - STATISTICS.keys()}"
 
     def statistic(name: str) -> pa.Array:
@@ -64,6 +76,12 @@ def rows(shard: str, decoded: Sequence[DecodedImage], columns: Mapping[str, Floa
         if name in known:
             full[np.flatnonzero(has_pixels)[finite]] = known[name][finite]
         return pa.array(full, pa.float32(), mask=np.isnan(full))
+
+    def vector(name: str) -> pa.Array:
+        full: list[bytes | None] = [None] * len(decoded)
+        for position, row in zip(np.flatnonzero(has_pixels)[finite], vectors.get(name, ()), strict=False):
+            full[position] = (quantised(row) if name == RESIDUALS else row.astype(np.uint8)).tobytes()
+        return pa.array(full, pa.binary())
 
     identity = {
         "shard": [shard] * len(decoded),
@@ -75,7 +93,8 @@ def rows(shard: str, decoded: Sequence[DecodedImage], columns: Mapping[str, Floa
         "status": statuses,
         "reason": reasons,
     }
-    return pa.table({**identity, **{name: statistic(name) for name in STATISTICS}}, schema=SCHEMA)
+    measured = {name: statistic(name) for name in STATISTICS} | {name: vector(name) for name in VECTORS}
+    return pa.table({**identity, **measured}, schema=SCHEMA)
 
 
 class ScoreWriter:
@@ -138,6 +157,13 @@ def statistics(table: pa.Table) -> Floats:
     changes = torch.from_numpy(np.stack([numbers(table, name) for name in CHANGE_COLUMNS], axis=1))
     norms, distances = (torch.from_numpy(numbers(table, name)) for name in ("embedding_norm", "neighbour_distance"))
     return embedding_statistics(changes, norms, distances).numpy()
+
+
+def departures(table: pa.Table) -> tuple[Departures, NDArray[np.bool_]]:
+    """Of the samples that have VECTORS (M of them), and which those are, (N,) bool. Raises ValueError when their lengths differ."""
+    columns = [table.column(name).combine_chunks() for name in (RESIDUALS, IMAGE_HASH)]
+    has: NDArray[np.bool_] = columns[0].is_valid().to_numpy(zero_copy_only=False).astype(bool)
+    return Departures.from_bytes(*(column.drop_null().to_pylist() for column in columns)), has
 
 
 def numbers(table: pa.Table, column: str) -> Floats:

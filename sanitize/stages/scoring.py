@@ -5,12 +5,14 @@
 `lowres`: mean squared difference at the decoder's (low) resolution.
 `reaction`: how unlike clean images' the embedding lies and changes under perturbations (clean_reference.py); an image that looks
 clean by where it lies alone (prescreen score below a threshold) is not perturbed: its score is the difference, below every distance.
+`evidence`, the default: prediction (prediction.py) and where the embedding lies, both of the one encoder pass, and the reaction to
+perturbations of images that these two leave undecided; combined by their p-values (evidence.py).
 """
 
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,17 +21,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from sanitize.records import DecodedImage
+from sanitize.stages.agreement import IMAGE_HASH, RESIDUALS
 from sanitize.stages.clean_reference import CleanReference, embedding_statistics, neighbour_distance
 from sanitize.stages.decoder import Decoder, hidden_pixels, patch_order, visible_count
 from sanitize.stages.encoders import Encoder, embed
-from sanitize.stages.images import shrink, to_batch
+from sanitize.stages.evidence import PREDICTION, REACTION, WHEREABOUTS, Evidence
+from sanitize.stages.images import difference_hash, shrink, to_batch
 from sanitize.stages.perturbations import CHANGE_COLUMNS, PERTURBATIONS, embedding_changes
 from sanitize.stages.precision import autocast, resolve_precision
+from sanitize.stages.prediction import Predictor
 from sanitize.stages.text import TextEncoder
 
 log = logging.getLogger(__name__)
 Floats = NDArray[np.float32]
-Columns = dict[str, Floats]  # score column (stages/score_table.py names them all) → (B,), NaN where an image has none
+Columns = dict[str, Floats]  # score column (stages/score_table.py names them all) → (B,), of vectors (B, n); NaN = none
 TensorColumns = dict[str, Tensor]
 REQUIRED = ("score", "error", "error_reference", "embedding_norm")  # an image that lacks one has no score at all
 
@@ -64,12 +69,28 @@ def reference_error(images: Tensor, references: References, hidden: Tensor) -> T
     return (squared * hidden).sum(dim=(1, 2, 3)) / (3 * hidden.sum(dim=(1, 2, 3)))
 
 
-# the score of the reconstruction alone; `reaction` replaces it by a distance from clean embeddings
+# the score of the reconstruction alone; `evidence` and `reaction` replace it
 SCORERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "paper": paper_score,
     "lowres": mean_score,
     "reaction": mean_score,
+    "evidence": mean_score,
 }
+
+
+@dataclass(frozen=True)
+class Witnesses:
+    """What the scorer `evidence` holds besides the encoder. undecided: lowest and highest score of the one pass with which an image is
+    perturbed; reference: the encoder through which the predictor sees images, None = it sees them itself."""
+
+    evidence: Evidence
+    undecided: tuple[float, float]
+    predictor: Predictor | None = None
+    reference: Encoder | None = None
+
+    def to(self, device: torch.device) -> "Witnesses":
+        predictor = self.predictor.to(device) if self.predictor else None
+        return replace(self, predictor=predictor, reference=self.reference.to(device) if self.reference else None)
 
 
 def normalised(images: Tensor, encoder: Encoder, size: int) -> Tensor:
@@ -97,11 +118,14 @@ class Scorer:
         text: TextEncoder | None = None,
         clean_reference: CleanReference | None = None,
         prescreen_threshold: float = -math.inf,
+        witnesses: Witnesses | None = None,
     ) -> None:
-        """clean_reference: of the scorer `reaction`; images with a prescreen score below the threshold are not perturbed."""
+        """clean_reference: of the scorers `evidence` and `reaction`; of the latter, images with a prescreen score below the threshold are
+        not perturbed. witnesses: of the scorer `evidence`."""
         self.device = device
         self.clean_reference = clean_reference.to(device) if clean_reference else None
         self.prescreen_threshold = prescreen_threshold
+        self.witnesses = witnesses.to(device) if witnesses else None
         self.text = text.to(device) if text else None
         self.encoder = encoder.to(device)
         self.decoder = decoder.to(device)
@@ -118,7 +142,9 @@ class Scorer:
         parts = [self._score_or_halve(decoded[i : i + size]) for i in range(0, len(decoded), max(size, 1))]
         columns = {name: values.numpy() for name, values in _joined(parts).items()}
         unscored = ~np.all([np.isfinite(columns[name]) for name in REQUIRED if name in columns], axis=0)
-        return {name: np.where(unscored, np.float32("nan"), values) for name, values in columns.items()}
+        for values in columns.values():
+            values[unscored] = np.float32("nan")
+        return columns
 
     def _score_or_halve(self, decoded: Sequence[DecodedImage]) -> TensorColumns:
         try:
@@ -148,9 +174,38 @@ class Scorer:
             "embedding_norm": embeddings.norm(dim=1),
             "text_similarity": self.text_similarity(embeddings, [image.caption for image in decoded]),
         }
-        if self.clean_reference:
+        if self.clean_reference and self.witnesses:
+            columns |= self._by_evidence(self.clean_reference, self.witnesses, images, embeddings)
+        elif self.clean_reference:
             columns |= self._against_clean(self.clean_reference, images, embeddings)
         return columns
+
+    def _by_evidence(
+        self, reference: CleanReference, witnesses: Witnesses, images: Tensor, embeddings: Tensor
+    ) -> TensorColumns:
+        """The score of `evidence` and what it is made of; changes are NaN where an image was not perturbed."""
+        norms, distances = embeddings.norm(dim=1), neighbour_distance(embeddings, reference.clean_embeddings)
+        changes = torch.full((len(images), len(PERTURBATIONS)), float("nan"), device=self.device)
+        columns = {"neighbour_distance": distances}
+        values = {WHEREABOUTS: reference.prescreen_score(embedding_statistics(changes, norms, distances))}
+        if witnesses.predictor:
+            whitened, energy = witnesses.predictor(embeddings, self._seen(witnesses, witnesses.predictor, images))
+            columns |= {"prediction_residual": whitened.square().mean(dim=1), "prediction_energy": energy}
+            columns |= {RESIDUALS: whitened, IMAGE_HASH: difference_hash(images).float()}
+            values[PREDICTION] = energy
+        first, (low, high) = _combined(witnesses.evidence, values), witnesses.undecided
+        undecided = ((first >= low) & (first <= high)).to(self.device)
+        if undecided.any():
+            changes[undecided] = self.changes(images[undecided], embeddings[undecided])
+        values[REACTION] = reference.distance(embedding_statistics(changes, norms, distances))
+        columns["score"] = _combined(witnesses.evidence, values).to(self.device)
+        return columns | dict(zip(CHANGE_COLUMNS, changes.T, strict=True))
+
+    def _seen(self, witnesses: Witnesses, predictor: Predictor, images: Tensor) -> Tensor:
+        """What the predictor looks at: small images, or features of the reference encoder."""
+        if witnesses.reference:
+            return embed(witnesses.reference, images, self.dtype)
+        return shrink(images, predictor.eye_size).clamp(0, 1)
 
     def _against_clean(self, reference: CleanReference, images: Tensor, embeddings: Tensor) -> TensorColumns:
         """The score of `reaction` and what it is made of; changes are NaN where an image was not perturbed."""
@@ -202,11 +257,18 @@ class Scorer:
         return reconstructions, hidden_pixels(order, self.visible, self.decoder.config)
 
 
+def _combined(evidence: Evidence, values: Mapping[str, Tensor]) -> Tensor:
+    """(B,) on the CPU, where the calibration is: a few numbers an image."""
+    return torch.from_numpy(evidence.score({kind: column.cpu().numpy() for kind, column in values.items()}))
+
+
 def _joined(parts: Sequence[Mapping[str, Tensor]]) -> TensorColumns:
     """Columns of several batches, one after the other; NaN where a batch has not all of them."""
 
+    shapes = {name: values.shape[1:] for part in parts for name, values in part.items()}
+
     def column(part: Mapping[str, Tensor], name: str) -> Tensor:
-        return part.get(name, torch.full_like(part["score"], float("nan")))
+        return part.get(name, torch.full((len(part["score"]), *shapes[name]), float("nan")))
 
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: torch.cat([column(part, name) for part in parts]) for name in names} or {"score": torch.empty(0)}

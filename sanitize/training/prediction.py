@@ -1,0 +1,205 @@
+"""Queries → predictor: a student trained from scratch, or a ridge regression on the features of a reference encoder."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sanitize import runtime, storage
+from sanitize.config import FitConfig, PredictionConfig
+from sanitize.errors import ConfigError
+from sanitize.progress import ProgressDisplay
+from sanitize.records import Shard
+from sanitize.runtime import Resources
+from sanitize.stages.agreement import NONE, Departures, quantised
+from sanitize.stages.encoders import load_encoder
+from sanitize.stages.evidence import WORTHLESS
+from sanitize.stages.prediction import (
+    EYE,
+    LinearEye,
+    Predictor,
+    Student,
+    explained,
+    fit_departure,
+    fit_target,
+)
+from sanitize.stages.tails import Floats
+from sanitize.training import split
+from sanitize.training.queries import Queries, QueryTask, ask
+
+log = logging.getLogger(__name__)
+HELD_OUT = 0.2  # of the training images: R² and residuals are measured on them
+FEWEST = 50  # of them
+PENALTIES = tuple(10.0**power for power in range(-6, 3))  # of the ridge, relative to the mean eigenvalue
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """predictor: None when there is none, or when it is worth nothing. Of the calibration images: energy (n,) float32, and what pass 2
+    compares samples by."""
+
+    predictor: Predictor | None
+    energy: Floats
+    departures: Departures
+    explained: float | None
+    reference_fingerprint: str = ""
+
+
+_NOTHING = np.empty(0, np.float32)
+NO_PREDICTION = Prediction(None, _NOTHING, NONE, None)
+
+
+def require_independent(config: FitConfig, fingerprint: str) -> None:
+    """Raises ConfigError for a reference encoder that is the suspect itself, or sees other images. fingerprint: of the suspect."""
+    assert config.reference
+    name = config.reference.weights or config.reference.architecture
+    if load_encoder(config.reference).fingerprint() == fingerprint:
+        raise ConfigError(
+            f"reference {name}: is the encoder under test itself, which would vouch for itself. Give one that its maker does not "
+            "control, best the public encoder it was fine-tuned from, or leave --reference out."
+        )
+    if config.reference.image_size != config.encoder.image_size:
+        raise ConfigError(
+            f"reference {name}: sees images of {config.reference.image_size} pixels, the encoder under test {config.encoder.image_size}. "
+            f"Set `image_size: {config.encoder.image_size}` in the reference's YAML if it is convolutional, or give another reference."
+        )
+
+
+def learn_to_predict(
+    config: FitConfig, shards: Sequence[Shard], training: Tensor, calibration: Tensor, resources: Resources
+) -> Prediction:
+    """training, calibration: (n, 32) SHA-256 of their images. A fifth of the training images is kept out to judge the predictor."""
+    chosen = training[: config.prediction.images]
+    judging = split.held_out(chosen, HELD_OUT, config.seed + 1)
+    if not config.prediction.views:
+        return NO_PREDICTION
+    if (count := int(judging.sum())) < FEWEST:
+        needed = math.ceil(1.1 * FEWEST / HELD_OUT / (1 - config.training.calibration_fraction))
+        log.warning(
+            "no prediction: %d auxiliary images leave %d to judge a predictor by, %d are needed. Give about %d images; the scores rest on "
+            "where embeddings lie and how they react, which an informed attacker can imitate",
+            len(training) + len(calibration),
+            count,
+            FEWEST,
+            needed,
+        )
+        return NO_PREDICTION
+    task = QueryTask(
+        encoder=config.encoder,
+        reference=config.reference,
+        eye_size=min(config.encoder.image_size, EYE),
+        views=config.prediction.views,
+        seed=config.seed,
+        precision=config.training.precision,
+        batch_size=config.batch_size,
+        image_member=config.image_member,
+        wanted=torch.cat([chosen, calibration]),
+        cache=storage.absolute(storage.join(config.out, "cache", "queries")),
+    )
+    queries = ask(task, shards, resources, config.address)
+    row = {bytes(name): position for position, name in enumerate(queries.hashes.numpy())}
+    of_training, of_judging, of_calibration = (
+        queries.select(torch.tensor([row[bytes(name)] for name in names.numpy()]))
+        for names in (chosen[~judging], chosen[judging], calibration)
+    )
+    predictor = fit_predictor(of_training, of_judging, config.prediction, config.seed, runtime.device())
+    if predictor.explained < WORTHLESS:
+        log.warning(
+            "no prediction: what was learnt explains %.2f of the encoder's embeddings of new images (R²), less than %g. Give --reference, "
+            "best the encoder this one was fine-tuned from, or more auxiliary images; the scores rest on where embeddings lie and how they "
+            "react, which an informed attacker can imitate",
+            predictor.explained,
+            WORTHLESS,
+        )
+        return Prediction(None, _NOTHING, NONE, predictor.explained)
+    log.info("the predictor explains %.2f of the encoder's embeddings of new images (R²)", predictor.explained)
+    fingerprint = load_encoder(config.reference).fingerprint() if config.reference else ""
+    return Prediction(predictor, *_departures(predictor, of_calibration), predictor.explained, fingerprint)
+
+
+@torch.inference_mode()
+def _departures(predictor: Predictor, queries: Queries) -> tuple[Floats, Departures]:
+    """Energy (N,) and departures of the plain views."""
+    parts = zip(queries.embeddings[:, 0].split(1024), queries.seen[:, 0].split(1024), strict=True)
+    found = [predictor(embeddings, _as_input(seen)) for embeddings, seen in parts]
+    whitened, energy = (torch.cat(columns).numpy() for columns in zip(*found, strict=True))
+    hashes = queries.image_hashes.numpy().view("<u8").reshape(-1)
+    return energy, Departures(quantised(whitened), hashes)
+
+
+def fit_predictor(
+    training: Queries, held_out: Queries, config: PredictionConfig, seed: int, device: torch.device
+) -> Predictor:
+    """training teaches the eye; held_out, images it never saw, gives R² and what residuals of clean images are like."""
+    target = fit_target(training.embeddings[:, 0], config.components)
+    eye_size = training.seen.shape[-1] if training.seen.ndim == 5 else 0
+    targets, seen = target(training.embeddings.flatten(0, 1)), training.seen.flatten(0, 1)
+    held_targets, held_seen = target(held_out.embeddings.flatten(0, 1)), held_out.seen.flatten(0, 1)
+    if eye_size:
+        eye: Student | LinearEye = train_student(seen, targets, config, seed, device)
+    else:
+        eye = fit_ridge(seen, targets, held_seen, held_targets)
+    predicted = _predicted(eye, held_seen)
+    return Predictor(eye, target, fit_departure(held_targets, predicted), explained(held_targets, predicted), eye_size)
+
+
+def train_student(
+    images: Tensor, targets: Tensor, config: PredictionConfig, seed: int, device: torch.device
+) -> Student:
+    """images (N, 3, E, E) uint8, targets (N, k + 1) → student in eval mode, on the CPU."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    student = Student(targets.shape[1], config.width).to(device).train()
+    batch_size = min(config.batch_size, len(images))
+    per_epoch = len(images) // batch_size
+    optimizer = torch.optim.AdamW(student.parameters(), config.learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, total_steps=max(config.epochs * per_epoch, 2)
+    )
+    with ProgressDisplay("train the student", config.epochs, config.epochs * len(images)) as display:
+        for epoch in range(config.epochs):
+            order = torch.randperm(len(images), generator=generator)
+            for batch in order[: per_epoch * batch_size].split(batch_size):
+                predicted = student(images[batch].to(device).float() / 255)
+                loss = functional.smooth_l1_loss(predicted, targets[batch].to(device))
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+            done = (epoch + 1) * len(images)
+            display.update(epoch + 1, done, done)
+    return student.cpu().eval().requires_grad_(False)
+
+
+def fit_ridge(features: Tensor, targets: Tensor, held_features: Tensor, held_targets: Tensor) -> LinearEye:
+    """features (N, F), targets (N, k + 1). The penalty is the one that predicts the held-out images best."""
+    eye = LinearEye(features.shape[1], targets.shape[1])
+    seen = eye.seen(features)
+    eye.mean.copy_(seen.mean(dim=0))
+    centred, level = (seen - eye.mean).double(), targets.double().mean(dim=0)
+    values, vectors = torch.linalg.eigh(centred.T @ centred)
+    projected = vectors.T @ centred.T @ (targets.double() - level)
+    best = -torch.inf
+    for penalty in PENALTIES:
+        weights = vectors @ (projected / (values.clamp(min=0) + penalty * values.clamp(min=0).mean())[:, None])
+        candidate = LinearEye(features.shape[1], targets.shape[1])
+        candidate.load_state_dict({"mean": eye.mean, "linear.weight": weights.T.float(), "linear.bias": level.float()})
+        quality = explained(held_targets, _predicted(candidate, held_features))
+        if quality > best:
+            best, eye = quality, candidate
+    return eye.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def _predicted(eye: Student | LinearEye, seen: Tensor) -> Tensor:
+    """(N, k + 1) of uint8 images or float32 features, on the CPU."""
+    return torch.cat([eye(_as_input(part)) for part in seen.split(1024)])
+
+
+def _as_input(seen: Tensor) -> Tensor:
+    return seen.float() / 255 if seen.dtype == torch.uint8 else seen
