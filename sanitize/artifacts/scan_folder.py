@@ -37,7 +37,7 @@ MARKERS = "markers.jsonl"
 
 @dataclass(frozen=True)
 class InputShard:
-    """One input tar as it was when the scan began. head_tail_sha256: see stages/shards.py; "" = it could not be read."""
+    """One input shard as it lay there when the scan began. head_tail_sha256: see stages/shards.py; "" = it could not be read."""
 
     url: str
     bytes: int
@@ -65,7 +65,7 @@ class Run:
 
 @dataclass(frozen=True)
 class ShardInput:
-    """What pass 1 read of a shard. damage: "" or what is wrong with its tail; loose_members: that belong to no sample."""
+    """What pass 1 read of a shard, unpacked. damage: "" or what is wrong with its tail; loose_members: that belong to no sample."""
 
     bytes: int
     sha256: str

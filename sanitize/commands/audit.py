@@ -24,6 +24,7 @@ from sanitize.stages.images import decode_sample, shrink
 from sanitize.stages.score_table import Floats
 from sanitize.stages.scoring import normalised
 from sanitize.stages.shard_reader import ShardReader
+from sanitize.stages.shards import open_shard
 
 log = logging.getLogger(__name__)
 Mask = NDArray[np.bool_]
@@ -223,7 +224,7 @@ def _decode_rows(run: Run, scored: ScoredSamples, order: NDArray[np.int64]) -> d
         shard = run.shard(stem)
         if not storage.exists(shard.url):
             continue
-        with storage.open_read(shard.url) as file:
+        with open_shard(shard) as file:
             for sample in ShardReader(file, shard, image_member=run.image_member).samples():
                 if sample.index in rows:
                     found[rows[sample.index]] = decode_sample(sample)

@@ -7,13 +7,13 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sanitize import runtime, storage
+from sanitize import runtime
 from sanitize.config import EncoderSpec, check
 from sanitize.errors import ConfigError
 from sanitize.records import DecodedImage, Sample, Shard
@@ -96,15 +96,18 @@ def _from_shards(patterns: Sequence[str], spec: EncoderSpec, limit: int) -> Seen
 
 def _usable(shard: Shard, spec: EncoderSpec) -> Iterator[tuple[DecodedImage, int]]:
     with open_shard(shard) as file:
-        for sample in ShardReader(file, shard, caption_member="txt" if spec.tokenizer else "").samples():
-            image = decode_sample(sample)
+        caption_member = "txt" if spec.tokenizer else ""
+        reader = ShardReader(file, shard, with_images=False, caption_member=caption_member)
+        for sample in reader.samples():
+            member = reader.image_of(sample)
+            image = decode_sample(replace(sample, image=reader.content(member) if member else None))
             if image.pixels is not None:
-                yield image, _label(shard, sample)
+                yield image, _label(reader, sample)
 
 
-def _label(shard: Shard, sample: Sample) -> int:
+def _label(reader: ShardReader, sample: Sample) -> int:
     member = next((m for m in sample.members if m.extension == "cls" and m.size <= MAX_LABEL_BYTES), None)
-    return label_of(storage.read_range(shard.url, member.data, member.size), "")[0] if member else -1
+    return label_of(reader.content(member), "")[0] if member else -1
 
 
 def _random_images(spec: EncoderSpec, count: int) -> Seen:

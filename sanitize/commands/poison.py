@@ -19,7 +19,7 @@ from sanitize.errors import ConfigError, ShardError
 from sanitize.records import Sample, Shard
 from sanitize.stages.images import decode_image
 from sanitize.stages.shard_reader import ShardReader
-from sanitize.stages.shards import add_member, end_archive, list_shards, printable, refuse_to_overwrite
+from sanitize.stages.shards import add_member, end_archive, list_shards, open_shard, printable, refuse_to_overwrite
 
 log = logging.getLogger(__name__)
 LOSSLESS = {"png": "PNG", "bmp": "BMP", "ppm": "PPM", "tif": "TIFF", "tiff": "TIFF"}
@@ -76,7 +76,7 @@ def poison(
 
 
 def _count(shard: Shard) -> int:
-    with storage.open_read(shard.url) as file:
+    with open_shard(shard) as file:
         return sum(1 for _ in ShardReader(file, shard, with_images=False).samples())
 
 
@@ -96,8 +96,8 @@ def _poison_shard(
     """The samples that were stamped, and the extensions of the members that were replaced."""
     poisoned, replaced = [], set()
     with (
-        storage.open_read(shard.url) as file,
-        storage.open_read(shard.url) as raw,
+        open_shard(shard) as file,
+        open_shard(shard) as raw,
         storage.atomic_write(storage.join(out, f"{shard.stem}.tar")) as target,
     ):
         reader = ShardReader(file, shard)

@@ -253,7 +253,7 @@ class ScoreTask:
         written = WrittenFile(target.size, target.sha256())
         marker = ShardMarker(
             shard=shard.stem,
-            input=ShardInput(shard.size, reader.sha256, reader.damage, reader.loose),
+            input=ShardInput(reader.size, reader.sha256, reader.damage, reader.loose),
             samples=samples,
             unscored=unscored,
             files={folder.scores_name(shard.stem): written},
