@@ -21,17 +21,16 @@ from sanitize.cli_options import (
 )
 from sanitize.cli_output import EXIT_CODES, Command, quiet_option, tell
 from sanitize.config import (
-    FIT_PRESETS,
     MODES,
     PRECISIONS,
     FinetuneConfig,
     FitConfig,
     ScanConfig,
     ThresholdPolicy,
-    preset,
 )
 from sanitize.config_loading import from_mapping, overlay, to_mapping
 from sanitize.errors import ConfigError
+from sanitize.presets import FIT_PRESETS, preset
 
 
 @click.group(cls=Command, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)

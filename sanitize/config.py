@@ -1,10 +1,10 @@
-"""Settings: one frozen dataclass per command. `__post_init__` only checks; config_loading.py fills them from YAML."""
+"""Settings: one frozen dataclass per command. `__post_init__` makes text of paths and checks; config_loading.py fills them from YAML."""
 
 import contextlib
 from dataclasses import dataclass, field
-from typing import Any
 
 from sanitize.errors import ConfigError
+from sanitize.paths import PathField, Paths, default, take_paths
 
 
 def check(condition: bool, message: str) -> None:
@@ -29,17 +29,18 @@ class EncoderSpec:
     """
 
     architecture: str
-    weights: str = ""
+    weights: PathField = default("")
     image_size: int = 0
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     resize: str = "squash"
     quick_gelu: bool = True
-    tokenizer: str = ""
+    tokenizer: PathField = default("")
     width: int = 64
     stem_stride: int = 1
 
     def __post_init__(self) -> None:
+        take_paths(self, one=("weights", "tokenizer"))
         check(0 <= self.image_size <= 4096, f"image_size: {self.image_size} is not between 1 and 4096 pixels.")
         check(self.resize in ("squash", "crop"), f"resize: {self.resize!r} is not 'squash' or 'crop'.")
         check(
@@ -134,9 +135,9 @@ SCORERS = ("reaction", "lowres", "paper")  # stages/scoring.py; a test holds bot
 class FitConfig:
     """`sanitize fit`: auxiliary shards + encoder → detector folder."""
 
-    shards: tuple[str, ...]
+    shards: Paths
     encoder: EncoderSpec
-    out: str = "detector"
+    out: PathField = default("detector")
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     scorer: str = "reaction"
@@ -151,6 +152,7 @@ class FitConfig:
     address: str = ""
 
     def __post_init__(self) -> None:
+        take_paths(self, one=["out"], several=["shards"])
         check_out(self.out)
         check(self.scorer in SCORERS, f"scorer: {self.scorer!r} is not one of {', '.join(SCORERS)}.")
         check(0 < self.test_mask_ratio <= 1, "test_mask_ratio: must be above 0 and at most 1.")
@@ -199,9 +201,9 @@ def perturbed_share(effort: str) -> float:
 class ScanConfig:
     """`sanitize scan`: shards + detector → scan folder."""
 
-    shards: tuple[str, ...]
-    detector: str = "detector"
-    out: str = "scanned"
+    shards: Paths
+    detector: PathField = default("detector")
+    out: PathField = default("scanned")
     encoder: EncoderSpec | None = None  # default: the one the detector names
     policy: ThresholdPolicy = field(default_factory=ThresholdPolicy)
     effort: str = "thorough"  # of the scorer `reaction`: see `perturbed_share`
@@ -219,6 +221,7 @@ class ScanConfig:
     address: str = ""
 
     def __post_init__(self) -> None:
+        take_paths(self, one=("detector", "out"), several=["shards"])
         check_out(self.out)
         check(self.batch_size >= 1, f"batch_size: {self.batch_size} is not at least 1.")
         check(self.limit >= 0, f"limit: {self.limit} shards; give 0 (all) or more.")
@@ -247,12 +250,12 @@ class FinetuneConfig:
     checkpoint_steps: also save within an epoch, every so many batches; 0 = after each epoch only
     """
 
-    shards: tuple[str, ...]
+    shards: Paths
     encoder: EncoderSpec
-    out: str = "head"
+    out: PathField = default("head")
     mode: str = "linear"
-    validation: tuple[str, ...] = ()
-    triggered: tuple[str, ...] = ()
+    validation: Paths = ()
+    triggered: Paths = ()
     target: int = -1
     image_member: str = ""
     label_member: str = "cls"
@@ -278,6 +281,7 @@ class FinetuneConfig:
     address: str = ""
 
     def __post_init__(self) -> None:
+        take_paths(self, one=["out"], several=("shards", "validation", "triggered"))
         check_out(self.out)
         check(self.mode in MODES, f"mode: {self.mode!r} is not one of {', '.join(MODES)}.")
         check(self.epochs >= 1 and self.accumulate >= 1, "epochs and accumulate must be at least 1.")
@@ -313,38 +317,3 @@ class FinetuneConfig:
             "YAML.",
         )
         check_precision(self.precision)
-
-
-# ---------------------------------------------------------------- presets
-
-# "default": low-resolution decoder. "paper": shapes, schedule and ratios of DeDe's reference code (tardisblue9/DeDe).
-FIT_PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "paper": {
-        "scorer": "paper",
-        "test_mask_ratio": 0.99,
-        "decoder": {
-            "image_size": 32,
-            "patch_size": 4,
-            "width": 192,
-            "heads": 3,
-            "encoder_depth": 12,
-            "decoder_depth": 4,
-            "standardize_embedding": False,
-        },
-        "training": {
-            "epochs": 200,
-            "batch_size": 256,
-            "learning_rate": 1e-3,
-            "weight_decay": 1e-6,
-            "mask_ratio_min": 0.9,
-            "mask_ratio_max": 0.9,
-            "schedule": "constant",
-        },
-    },
-}
-
-
-def preset(name: str) -> dict[str, Any]:
-    check(name in FIT_PRESETS, f"preset {name!r} is not known. Use one of {', '.join(FIT_PRESETS)}.")
-    return FIT_PRESETS[name]

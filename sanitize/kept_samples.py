@@ -25,6 +25,7 @@ from sanitize import storage
 from sanitize.artifacts.scan_folder import ScanFolder, Summary
 from sanitize.config import check
 from sanitize.errors import ConfigError, RefusedError, ShardError
+from sanitize.paths import AnyPath, path_text
 from sanitize.records import Shard
 from sanitize.stages import score_table
 from sanitize.stages.decision_table import Decisions, foreign
@@ -134,13 +135,13 @@ class KeptSamples(IterableDataset[dict[str, Any]]):
 
     def __init__(
         self,
-        scanned: str,
+        scanned: AnyPath,
         *,
         shuffle: int = 0,
         seed: int = 0,
         rank: int | None = None,
         world: int | None = None,
-        moved_to: str = "",
+        moved_to: AnyPath = "",
     ) -> None:
         """`scanned`: the folder of a scan with decisions.
 
@@ -151,7 +152,7 @@ class KeptSamples(IterableDataset[dict[str, Any]]):
         check(shuffle >= 0, f"shuffle: {shuffle} samples; give 0 (off) or more.")
         check((rank is None) == (world is None), "rank and world: give both or none.")
         check(rank is None or 0 <= rank < (world or 0), f"rank {rank} of world {world}: must be 0 <= rank < world.")
-        self.scanned = ScannedShards(scanned, moved_to)
+        self.scanned = ScannedShards(path_text(scanned, "scanned"), path_text(moved_to, "moved_to"))
         self._shuffle, self._seed = shuffle, seed
         self._rank_and_world = None if rank is None or world is None else (rank, world)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared: persistent workers see `set_epoch`
@@ -297,9 +298,9 @@ class KeepOnly:
         self._held[url] = rows
 
 
-def keep_only(scanned: str, *, moved_to: str = "") -> Callable[[Mapping[str, Any]], bool]:
+def keep_only(scanned: AnyPath, *, moved_to: AnyPath = "") -> Callable[[Mapping[str, Any]], bool]:
     """For `wds.select(keep_only("scanned"))` in a webdataset pipeline over the scanned shards, before decoding and shuffling.
 
     moved_to: the folder (or URL) the scanned shards lie in now, if it is another one.
     """
-    return KeepOnly(ScannedShards(scanned, moved_to))
+    return KeepOnly(ScannedShards(path_text(scanned, "scanned"), path_text(moved_to, "moved_to")))

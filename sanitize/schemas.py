@@ -23,6 +23,7 @@ from sanitize.commands import audit, finetune, fit, poison, scan, verify
 from sanitize.commands import inspect as inspect_command
 from sanitize.config import EncoderSpec, FinetuneConfig, FitConfig, ScanConfig
 from sanitize.deciding import CleanResult
+from sanitize.presets import FIT_PRESETS
 
 Schema = dict[str, Any]
 CHOICES = {  # fields of type str that take one of a few words
@@ -113,7 +114,7 @@ def _settings_file() -> Schema:
     encoder = {"anyOf": [TEXT, definitions.of(EncoderSpec)]}
     common: dict[str, Schema] = {"shards": paths, "encoder": encoder}
     sections = {
-        "fit": definitions.object(FitConfig, common | {"preset": {"enum": list(config.FIT_PRESETS)}}, partial=True),
+        "fit": definitions.object(FitConfig, common | {"preset": {"enum": list(FIT_PRESETS)}}, partial=True),
         "scan": definitions.object(ScanConfig, common, partial=True),
         "finetune": definitions.object(
             FinetuneConfig, common | {"validation": paths, "triggered": paths}, partial=True

@@ -6,8 +6,9 @@ import pytest
 import yaml
 from builders import write_shards, write_tar
 
-from sanitize.config import FIT_PRESETS, FinetuneConfig, FitConfig, ScanConfig
+from sanitize.config import FinetuneConfig, FitConfig, ScanConfig
 from sanitize.config_loading import from_mapping
+from sanitize.presets import FIT_PRESETS
 
 FAST = (
     "--workers",

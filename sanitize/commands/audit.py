@@ -17,6 +17,7 @@ from sanitize.artifacts.truth import load_poisoned
 from sanitize.config_loading import to_mapping
 from sanitize.errors import ConfigError
 from sanitize.metrics import Detection, detection
+from sanitize.paths import AnyPath, path_text
 from sanitize.records import DecodedImage
 from sanitize.stages import score_table
 from sanitize.stages.decision_table import Decisions
@@ -66,8 +67,9 @@ class AuditResult:
     report: str
 
 
-def audit(out: str, truth: str = "", top: int = 32) -> AuditResult:
+def audit(out: AnyPath, truth: AnyPath = "", top: int = 32) -> AuditResult:
     """Summarise a scan; write summary.json, histogram.png, suspicious.png and report.html into `out`/audit."""
+    out, truth = path_text(out, "out"), path_text(truth, "truth")
     folder = ScanFolder(out)
     run, summary = folder.run(), folder.summary()
     scored = _read(folder, run, summary)

@@ -16,6 +16,7 @@ from torch.nn import functional
 from sanitize import runtime
 from sanitize.config import EncoderSpec, check
 from sanitize.errors import ConfigError
+from sanitize.paths import AnyPath, path_texts
 from sanitize.records import DecodedImage, Sample, Shard
 from sanitize.stages.encoders import Encoder, embed_in_batches, load_encoder
 from sanitize.stages.images import decode_sample, shrink, to_batch
@@ -52,13 +53,14 @@ class Seen:
     captions: list[str]
 
 
-def check_encoder(encoder: EncoderSpec, patterns: Sequence[str] = (), limit: int = 64) -> EncoderCheck:
+def check_encoder(encoder: EncoderSpec, patterns: Sequence[AnyPath] = (), limit: int = 64) -> EncoderCheck:
     """Load the encoder, embed up to `limit` images of the shards (without shards: random ones), and measure.
 
     Raises CheckpointError or ConfigError when it cannot be loaded.
     """
     check(limit >= MIN_IMAGES, f"limit: {limit} images are too few to compare. Give at least {MIN_IMAGES}.")
     loaded = load_encoder(encoder).to(runtime.device())
+    patterns = path_texts(patterns, "patterns")
     seen = _from_shards(patterns, loaded.spec, limit) if patterns else _random_images(loaded.spec, limit)
     start = time.monotonic()
     embeddings = embed_in_batches(loaded, seen.images, batch_size=16)

@@ -27,6 +27,7 @@ from sanitize.artifacts.scan_folder import (
 from sanitize.config import ThresholdPolicy
 from sanitize.deciding import CleanResult, Scanned, find_rule, is_most
 from sanitize.errors import ConfigError
+from sanitize.paths import AnyPath, path_text
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 from sanitize.runtime import Resources
@@ -41,10 +42,10 @@ IN_FLIGHT = 1 << 30  # bytes of shards that one worker copies at a time, over a 
 
 
 def clean(
-    out: str, policy: ThresholdPolicy, *, force: bool = False, resources: Resources | None = None, address: str = ""
+    out: AnyPath, policy: ThresholdPolicy, *, force: bool = False, resources: Resources | None = None, address: str = ""
 ) -> CleanResult:
     """Find the rule for the whole scan, decide on and split every shard by it (in this process by default), write summary.json."""
-    return clean_together([out], policy, force=force, resources=resources, address=address)[0]
+    return clean_together([path_text(out, "out")], policy, force=force, resources=resources, address=address)[0]
 
 
 def clean_together(

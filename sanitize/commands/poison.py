@@ -16,6 +16,7 @@ from sanitize.artifacts.truth import PoisonedSample, PoisonTruth, write_truth
 from sanitize.attacks.triggers import Trigger, poison_mask
 from sanitize.config import check
 from sanitize.errors import ConfigError, ShardError
+from sanitize.paths import AnyPath, path_text, path_texts
 from sanitize.records import Sample, Shard
 from sanitize.stages.images import decode_image
 from sanitize.stages.shard_reader import ShardReader
@@ -34,8 +35,8 @@ class PoisonResult:
 
 
 def poison(
-    patterns: tuple[str, ...],
-    out: str,
+    patterns: Sequence[AnyPath],
+    out: AnyPath,
     *,
     rate: float,
     trigger: Trigger,
@@ -50,6 +51,7 @@ def poison(
     Other members and unstamped samples are copied byte for byte. Lossy images are an exception: all of them are encoded
     again (`reencode_all`), so that the codec does not give the stamped ones away.
     """
+    patterns, out = path_texts(patterns, "patterns"), path_text(out, "out")
     shards, replace = list_shards(patterns, leave_out=out), replace or {}
     refuse_to_overwrite(shards, lambda stem: [storage.join(out, f"{stem}.tar")])
     if storage.exists(storage.join(out, TRUTH)):

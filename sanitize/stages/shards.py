@@ -14,6 +14,7 @@ import fsspec
 from sanitize import storage
 from sanitize.errors import ConfigError, ShardError, StorageError
 from sanitize.hashing import HashingWriter
+from sanitize.paths import AnyPath, path_texts
 from sanitize.records import Shard
 from sanitize.stages.not_shards import refuse_compressed, refuse_data_to_pack
 from sanitize.stages.unpacking import ENDINGS, UnpackedShard, ending_of, is_compressed, unpack
@@ -27,16 +28,19 @@ MAX_IMAGE_BYTES = 1 << 28
 # ---------------------------------------------------------------- listing
 
 
-def list_shards(patterns: Sequence[str], leave_out: str = "") -> list[Shard]:
+def list_shards(patterns: Sequence[AnyPath], leave_out: str = "") -> list[Shard]:
     """Shards named by folders, tar files, globs and braces, local or fsspec URLs; sorted by stem. Sizes come with the listing.
 
     leave_out: the folder this run writes; what an earlier run left there is no input, unless it is named itself.
     Raises ConfigError when something is missing, nothing is found, or two inputs would get the same name.
     """
-    if isinstance(patterns, str):  # a str is a sequence of str: every letter would be looked for
-        raise ConfigError(f"shards: {patterns!r} is one text, a list of paths was expected. Write ({patterns!r},).")
     found: dict[str, Shard] = {}
-    listed = [shard for pattern in patterns for url in _expanded(pattern) for shard in _list_one(url, leave_out)]
+    listed = [
+        shard
+        for pattern in path_texts(patterns, "shards")
+        for url in _expanded(pattern)
+        for shard in _list_one(url, leave_out)
+    ]
     urls = set[str]()
     for shard in listed:
         if shard.url not in urls:  # patterns may overlap; the first one names the shard
