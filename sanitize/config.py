@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from sanitize.errors import ConfigError
 from sanitize.paths import PathField, Paths, default, take_paths
 
+UNSET = "unset"  # metadata of a field: the value with which it is left out of what is written, as before there was such a field
+
 
 def check(condition: bool, message: str) -> None:
     if not condition:
@@ -25,6 +27,8 @@ class EncoderSpec:
     resize:       "squash" shows the whole image, "crop" its central square
     quick_gelu:   of CLIP's transformers: true for OpenAI's weights, false for most of open_clip's
     tokenizer:    of a CLIP whose captions are to be compared with the images: a tokenizer.json, or open_clip (its vocabulary)
+    pooling:      of hf: vision transformers cls (class token), mean (of the patch tokens) or pooler, of timm: its global_pool; left out,
+                  the model's own
     width, stem_stride: of small ResNets made for tests; 64 and 1 are the published ones
     """
 
@@ -38,6 +42,7 @@ class EncoderSpec:
     tokenizer: PathField = default("")
     width: int = 64
     stem_stride: int = 1
+    pooling: str = field(default="", metadata={UNSET: ""})
 
     def __post_init__(self) -> None:
         take_paths(self, one=("weights", "tokenizer"))
@@ -49,6 +54,10 @@ class EncoderSpec:
         )
         check(min(self.std, default=1) > 0, "std: every value must be above 0.")
         check(self.width >= 1 and self.stem_stride in (1, 2), "width must be at least 1, stem_stride 1 or 2.")
+        check(
+            not self.pooling or self.architecture.startswith(("hf:", "timm:")),
+            f"pooling: only hf: and timm: architectures have a choice, not {self.architecture}. Remove it from the encoder YAML.",
+        )
         check(
             not self.tokenizer or self.architecture == "clip" or self.architecture.startswith("hf:"),
             f"tokenizer: only architectures clip and hf: have a text tower to use it with, not {self.architecture}.",

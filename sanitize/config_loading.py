@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import yaml
 
 from sanitize import storage
-from sanitize.config import EncoderSpec, check
+from sanitize.config import UNSET, EncoderSpec, check
 from sanitize.errors import ConfigError
 from sanitize.paths import AnyPath, path_text
 
@@ -141,11 +141,16 @@ def to_mapping(config: Any) -> dict[str, Any]:
     """The plain values of a config at any depth, as JSON and YAML hold them."""
 
     def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            values = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+            return {
+                f.name: plain(inner) for f, inner in values if UNSET not in f.metadata or inner != f.metadata[UNSET]
+            }
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
         return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
-    return {name: plain(value) for name, value in dataclasses.asdict(config).items()}
+    return typing.cast(dict[str, Any], plain(config))
 
 
 def overlay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -224,7 +224,8 @@ def _lines(
 ) -> Iterator[str]:
     device = runtime.device().type
     yield f"{spec.architecture}: fingerprint {fingerprint[:12]}"
-    yield f"  input: {spec.image_size} pixels ({spec.resize}), mean {_shown(spec.mean)}, std {_shown(spec.std)}"
+    pooling = f", pooling {spec.pooling}" if spec.pooling else ""
+    yield f"  input: {spec.image_size} pixels ({spec.resize}), mean {_shown(spec.mean)}, std {_shown(spec.std)}{pooling}"
     kind = "images" if real else "random images"
     speed = numbers["images_per_second"]
     yield f"  {len(embeddings)} {kind}: embeddings of {embeddings.shape[1]} numbers, {speed:.1f} images/s on the {device}"
