@@ -27,6 +27,7 @@ from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 from sanitize.runtime import Resources
 from sanitize.stages.captions import split_member
+from sanitize.stages.precision import computed_in
 from sanitize.stages.prefetch import image_batches
 from sanitize.stages.score_table import Floats, ScoreWriter, rows
 from sanitize.stages.scoring import Scorer
@@ -167,6 +168,7 @@ def _run(config: ScanConfig, caption_member: str, detector: Detector, shards: li
         precision=config.precision,
         shards=inputs,
         versions=library_versions(),
+        computed_in=computed_in(config.precision, runtime.device()),
     )
 
 
