@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from sanitize.config import check, perturbed_share
+from sanitize.config import perturbed_share
 from sanitize.detectors import check_detector
+from sanitize.errors import check
 from sanitize.stages.score_table import STATISTICS
 from sanitize.stages.scoring import SCORERS
 

@@ -20,10 +20,11 @@ from pipelines.data import load_images
 from sanitize import runtime, storage
 from sanitize.artifacts.detector_folder import Detector, load_detector, load_matching_encoder, make_scorer
 from sanitize.commands.fit import fit
-from sanitize.config import FitConfig, check
+from sanitize.config import FitConfig
 from sanitize.config_loading import from_mapping, load_encoder_spec, overlay, to_mapping
 from sanitize.detectors import fit_detector
 from sanitize.detectors.reference_set import ReferenceSet
+from sanitize.errors import check
 from sanitize.presets import preset
 from sanitize.records import DecodedImage
 from sanitize.stages.adaptation import reason_not_to_adapt

@@ -27,11 +27,12 @@ from sanitize.commands.audit import audit
 from sanitize.commands.finetune import FinetuneResult, finetune
 from sanitize.commands.fit import fit
 from sanitize.commands.scan import ScanResult, scan
-from sanitize.config import EncoderSpec, FinetuneConfig, FitConfig, ScanConfig, check
+from sanitize.config import EncoderSpec, FinetuneConfig, FitConfig, ScanConfig
 from sanitize.config_loading import from_mapping, load_encoder_spec, load_yaml, overlay, to_mapping
+from sanitize.errors import check
 from sanitize.stages.encoders import embed_in_batches, load_encoder, weights_sha256
 from sanitize.stages.shard_reader import ShardReader
-from sanitize.stages.shards import end_archive, list_shards
+from sanitize.stages.shards import end_archive, list_shards, open_shard
 
 log = logging.getLogger(__name__)
 
@@ -186,8 +187,8 @@ def _oracle(config: PipelineConfig) -> str:
         if storage.exists(target):
             continue
         with (
-            storage.open_read(shard.url) as file,
-            storage.open_read(shard.url) as raw,
+            open_shard(shard) as file,
+            open_shard(shard) as raw,
             storage.atomic_write(target) as copy,
         ):
             for sample in ShardReader(file, shard).samples():

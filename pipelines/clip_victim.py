@@ -19,8 +19,9 @@ from sanitize.attacks.badclip import PatchConfig
 from sanitize.attacks.contrastive import ContrastiveConfig, Pairs
 from sanitize.attacks.evaluation import AttackReport, EncoderOutputs
 from sanitize.attacks.triggers import Trigger, make_trigger
-from sanitize.config import EncoderSpec, check
+from sanitize.config import EncoderSpec
 from sanitize.config_loading import to_mapping
+from sanitize.errors import check
 from sanitize.stages.encoders import embed_in_batches
 from sanitize.training.clip import Clip, class_embeddings, load_clip
 

@@ -9,14 +9,12 @@ import webdataset as wds
 from PIL import Image
 from torch import Tensor
 
-from sanitize import storage
 from sanitize.attacks import tiny_clip
-from sanitize.config import check
-from sanitize.errors import ConfigError
+from sanitize.errors import ConfigError, check
 from sanitize.records import Shard
 from sanitize.stages import images
 from sanitize.stages.shard_reader import ShardReader
-from sanitize.stages.shards import head_tail_sha256, list_shards
+from sanitize.stages.shards import head_tail_sha256, list_shards, open_shard
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ def load_images(
     labels: list[int] = []
     captions: list[str] = []
     for shard in list_shards(patterns):
-        with storage.open_read(shard.url) as file, storage.open_read(shard.url) as labels_file:
+        with open_shard(shard) as file, open_shard(shard) as labels_file:
             for sample in ShardReader(file, shard, caption_member=caption_member).samples():
                 image = images.decode_sample(sample)
                 if image.pixels is None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sanitize import storage
-from sanitize.config import check
+from sanitize.errors import check
 
 Row = dict[str, Any]  # one line of a result file, column → value
 

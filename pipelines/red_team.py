@@ -25,8 +25,8 @@ from pipelines import clip_victim, page, ssl_victim
 from pipelines.command_line import command_line
 from sanitize import storage
 from sanitize.attacks.evaluation import AttackReport
-from sanitize.config import check
 from sanitize.config_loading import from_mapping, load_yaml, overlay, to_mapping
+from sanitize.errors import check
 from sanitize.stages.precision import resolve_precision
 
 log = logging.getLogger(__name__)

@@ -22,8 +22,9 @@ from sanitize.attacks.evaluation import AttackReport, EncoderOutputs, HeadConfig
 from sanitize.attacks.simclr import SimclrConfig
 from sanitize.attacks.supervised import SupervisedConfig
 from sanitize.attacks.triggers import Trigger, make_trigger
-from sanitize.config import EncoderSpec, check
+from sanitize.config import EncoderSpec
 from sanitize.config_loading import to_mapping
+from sanitize.errors import check
 from sanitize.metrics import knn_predictions
 from sanitize.stages.encoders import Encoder, embed_in_batches, load_encoder
 from sanitize.training.embedding_cache import LabelledEmbeddings

@@ -20,14 +20,7 @@ from sanitize.cli_options import (
     take_policy,
 )
 from sanitize.cli_output import EXIT_CODES, Command, quiet_option, tell
-from sanitize.config import (
-    MODES,
-    PRECISIONS,
-    FinetuneConfig,
-    FitConfig,
-    ScanConfig,
-    ThresholdPolicy,
-)
+from sanitize.config import MODES, PRECISIONS, FinetuneConfig, FitConfig, ScanConfig, ThresholdPolicy
 from sanitize.config_loading import from_mapping, overlay, to_mapping
 from sanitize.errors import ConfigError
 from sanitize.presets import FIT_PRESETS, preset

@@ -7,8 +7,8 @@ import click
 
 from sanitize.cli_options import parse_settings
 from sanitize.cli_output import tell
-from sanitize.config import check
 from sanitize.config_loading import from_mapping, load_encoder_spec, overlay
+from sanitize.errors import check
 
 TRIGGERS = (
     "patch",

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 import click
 import yaml
 
-from sanitize.config import POLICIES, check
+from sanitize.config import POLICIES
 from sanitize.config_loading import from_mapping, load_encoder_spec, load_yaml, overlay
-from sanitize.errors import ConfigError
+from sanitize.errors import ConfigError, check
 
 CONFIG_FILE = "sanitize.yaml"
 T = TypeVar("T")

@@ -1,14 +1,13 @@
-"""Settings: one frozen dataclass per command. `__post_init__` only checks; config_loading.py fills them from YAML."""
+"""Settings: one frozen dataclass per command. `__post_init__` makes text of paths and checks; config_loading.py fills them from YAML."""
 
 import contextlib
 from dataclasses import dataclass, field
 
-from sanitize.errors import ConfigError
+from sanitize.config_models import DecoderConfig, PredictionConfig
+from sanitize.errors import ConfigError, check
+from sanitize.paths import PathField, Paths, default, take_paths
 
-
-def check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
+UNSET = "unset"  # metadata of a field: the value with which it is left out of what is written, as before there was such a field
 
 
 @dataclass(frozen=True)
@@ -24,21 +23,25 @@ class EncoderSpec:
     resize:       "squash" shows the whole image, "crop" its central square
     quick_gelu:   of CLIP's transformers: true for OpenAI's weights, false for most of open_clip's
     tokenizer:    of a CLIP whose captions are to be compared with the images: a tokenizer.json, or open_clip (its vocabulary)
+    pooling:      of hf: vision transformers cls (class token), mean (of the patch tokens) or pooler, of timm: its global_pool; left out,
+                  the model's own
     width, stem_stride: of small ResNets made for tests; 64 and 1 are the published ones
     """
 
     architecture: str
-    weights: str = ""
+    weights: PathField = default("")
     image_size: int = 0
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     resize: str = "squash"
     quick_gelu: bool = True
-    tokenizer: str = ""
+    tokenizer: PathField = default("")
     width: int = 64
     stem_stride: int = 1
+    pooling: str = field(default="", metadata={UNSET: ""})
 
     def __post_init__(self) -> None:
+        take_paths(self, one=("weights", "tokenizer"))
         check(0 <= self.image_size <= 4096, f"image_size: {self.image_size} is not between 1 and 4096 pixels.")
         check(self.resize in ("squash", "crop"), f"resize: {self.resize!r} is not 'squash' or 'crop'.")
         check(
@@ -48,42 +51,12 @@ class EncoderSpec:
         check(min(self.std, default=1) > 0, "std: every value must be above 0.")
         check(self.width >= 1 and self.stem_stride in (1, 2), "width must be at least 1, stem_stride 1 or 2.")
         check(
+            not self.pooling or self.architecture.startswith(("hf:", "timm:")),
+            f"pooling: only hf: and timm: architectures have a choice, not {self.architecture}. Remove it from the encoder YAML.",
+        )
+        check(
             not self.tokenizer or self.architecture == "clip" or self.architecture.startswith("hf:"),
             f"tokenizer: only architectures clip and hf: have a text tower to use it with, not {self.architecture}.",
-        )
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Shape of the DeDe decoder (Hou et al., CVPR 2025, arXiv 2411.16154; reference code, src/decoder_model.py).
-
-    image_size: side of the image it reconstructs, in pixels; patch_size divides it
-    width, heads, encoder_depth, decoder_depth: of the transformer blocks
-    standardize_embedding: centre and scale embeddings by their statistics on the auxiliary set; the paper feeds them raw
-    """
-
-    image_size: int = 8
-    patch_size: int = 2
-    width: int = 128
-    heads: int = 4
-    encoder_depth: int = 2
-    decoder_depth: int = 2
-    standardize_embedding: bool = True
-
-    def __post_init__(self) -> None:
-        check(1 <= self.image_size <= 4096, f"decoder.image_size: {self.image_size} is not between 1 and 4096 pixels.")
-        check(1 <= self.width <= 16384, f"decoder.width: {self.width} is not between 1 and 16384.")
-        check(
-            self.patch_size >= 1 and self.image_size % self.patch_size == 0,
-            f"decoder.patch_size: {self.patch_size} does not divide decoder.image_size {self.image_size}.",
-        )
-        check(
-            self.heads >= 1 and self.width % self.heads == 0,
-            f"decoder.heads: {self.heads} does not divide decoder.width {self.width}.",
-        )
-        check(
-            0 <= self.encoder_depth <= 256 and 1 <= self.decoder_depth <= 256,
-            "decoder depths: encoder 0 to 256, decoder 1 to 256.",
         )
 
 
@@ -126,32 +99,6 @@ def check_precision(precision: str) -> None:
     check(precision in PRECISIONS, f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}.")
 
 
-@dataclass(frozen=True)
-class PredictionConfig:
-    """How the embedding of an image is predicted; see stages/prediction.py.
-
-    views: of each auxiliary image, the plain one and benign changes, that the encoder is asked about; 0 = no prediction
-    images: at most so many to learn from; components: of the embedding, that are predicted
-    width, epochs, batch_size, learning_rate: of the student; a reference encoder needs none
-    """
-
-    views: int = 5
-    images: int = 4000
-    components: int = 48
-    width: int = 16
-    epochs: int = 5
-    batch_size: int = 128
-    learning_rate: float = 4e-3
-
-    def __post_init__(self) -> None:
-        check(0 <= self.views <= 100, f"prediction.views: {self.views} is not between 0 (no prediction) and 100.")
-        check(self.images >= 1 and self.epochs >= 1, "prediction.images and prediction.epochs must be at least 1.")
-        check(1 <= self.components <= 4096, f"prediction.components: {self.components} is not between 1 and 4096.")
-        check(1 <= self.width <= 1024, f"prediction.width: {self.width} is not between 1 and 1024.")
-        check(self.batch_size >= 2, f"prediction.batch_size: {self.batch_size} is not at least 2.")
-        check(self.learning_rate > 0, f"prediction.learning_rate: {self.learning_rate} is not above 0.")
-
-
 SCORERS = ("evidence", "reaction", "lowres", "paper")  # stages/scoring.py; a test holds both equal
 
 
@@ -162,9 +109,9 @@ class FitConfig:
     reference: an encoder that the suspect's maker does not control, best the ancestor the suspect was fine-tuned from
     """
 
-    shards: tuple[str, ...]
+    shards: Paths
     encoder: EncoderSpec
-    out: str = "detector"
+    out: PathField = default("detector")
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     prediction: PredictionConfig = field(default_factory=PredictionConfig)
@@ -181,6 +128,7 @@ class FitConfig:
     address: str = ""
 
     def __post_init__(self) -> None:
+        take_paths(self, one=["out"], several=["shards"])
         check_out(self.out)
         check(self.scorer in SCORERS, f"scorer: {self.scorer!r} is not one of {', '.join(SCORERS)}.")
         check(0 < self.test_mask_ratio <= 1, "test_mask_ratio: must be above 0 and at most 1.")
@@ -237,9 +185,9 @@ def perturbed_share(effort: str) -> float:
 class ScanConfig:
     """`sanitize scan`: shards + detector → scan folder."""
 
-    shards: tuple[str, ...]
-    detector: str = "detector"
-    out: str = "scanned"
+    shards: Paths
+    detector: PathField = default("detector")
+    out: PathField = default("scanned")
     encoder: EncoderSpec | None = None  # default: the one the detector names
     policy: ThresholdPolicy = field(default_factory=ThresholdPolicy)
     effort: str = "fast"  # of the scorers evidence and reaction: see `perturbed_share`
@@ -257,6 +205,7 @@ class ScanConfig:
     address: str = ""
 
     def __post_init__(self) -> None:
+        take_paths(self, one=("detector", "out"), several=["shards"])
         check_out(self.out)
         check(self.batch_size >= 1, f"batch_size: {self.batch_size} is not at least 1.")
         check(self.limit >= 0, f"limit: {self.limit} shards; give 0 (all) or more.")
@@ -285,12 +234,12 @@ class FinetuneConfig:
     checkpoint_steps: also save within an epoch, every so many batches; 0 = after each epoch only
     """
 
-    shards: tuple[str, ...]
+    shards: Paths
     encoder: EncoderSpec
-    out: str = "head"
+    out: PathField = default("head")
     mode: str = "linear"
-    validation: tuple[str, ...] = ()
-    triggered: tuple[str, ...] = ()
+    validation: Paths = ()
+    triggered: Paths = ()
     target: int = -1
     image_member: str = ""
     label_member: str = "cls"
@@ -316,6 +265,7 @@ class FinetuneConfig:
     address: str = ""
 
     def __post_init__(self) -> None:
+        take_paths(self, one=["out"], several=("shards", "validation", "triggered"))
         check_out(self.out)
         check(self.mode in MODES, f"mode: {self.mode!r} is not one of {', '.join(MODES)}.")
         check(self.epochs >= 1 and self.accumulate >= 1, "epochs and accumulate must be at least 1.")

@@ -3,18 +3,19 @@
 import dataclasses
 import functools
 import math
-import os
 import re
 import types
 import typing
 from collections.abc import Mapping
+from os import PathLike
 from typing import Any, TypeVar
 
 import yaml
 
 from sanitize import storage
-from sanitize.config import EncoderSpec, check
-from sanitize.errors import ConfigError
+from sanitize.config import UNSET, EncoderSpec
+from sanitize.errors import ConfigError, check
+from sanitize.paths import AnyPath, path_text
 
 T = TypeVar("T")
 MAX_SETTINGS = 100_000
@@ -50,9 +51,9 @@ def load_yaml(path: str) -> dict[str, Any]:
     return typing.cast(dict[str, Any], value)
 
 
-def load_encoder_spec(path: str | os.PathLike[str]) -> EncoderSpec:
+def load_encoder_spec(path: AnyPath) -> EncoderSpec:
     """Read an encoder YAML; relative weight files are looked for beside it."""
-    path = os.fspath(path)
+    path = path_text(path)
     spec = from_mapping(EncoderSpec, load_yaml(path), path)
     folder = path.rsplit("/", 1)[0] if "/" in path else "."
 
@@ -129,6 +130,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)  # effort: 0.05
+    if hint is str and isinstance(value, PathLike):
+        return path_text(value, where)
     right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
     check(right, f"{where} holds {value!r}, {hint.__name__} was expected.")
     return value
@@ -138,11 +141,16 @@ def to_mapping(config: Any) -> dict[str, Any]:
     """The plain values of a config at any depth, as JSON and YAML hold them."""
 
     def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            values = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+            return {
+                f.name: plain(inner) for f, inner in values if UNSET not in f.metadata or inner != f.metadata[UNSET]
+            }
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
         return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
-    return {name: plain(value) for name, value in dataclasses.asdict(config).items()}
+    return typing.cast(dict[str, Any], plain(config))
 
 
 def overlay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

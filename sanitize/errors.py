@@ -34,3 +34,9 @@ class RefusedError(SanitizeError):
     """The command could go on, but the result would probably harm the user. `--force` overrides."""
 
     exit_code = 3
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises ConfigError unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)

@@ -23,13 +23,14 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from sanitize import storage
 from sanitize.artifacts.scan_folder import ScanFolder, Summary
-from sanitize.config import check
-from sanitize.errors import ConfigError, RefusedError, ShardError
+from sanitize.errors import ConfigError, RefusedError, ShardError, check
+from sanitize.paths import AnyPath, path_text
 from sanitize.records import Shard
 from sanitize.stages import score_table
 from sanitize.stages.decision_table import Decisions, foreign
 from sanitize.stages.shard_reader import ShardReader
-from sanitize.stages.shards import head_tail_sha256, is_image, open_shard, printable
+from sanitize.stages.shards import head_tail_sha256, is_image, open_stored, printable, unpacked
+from sanitize.stages.unpacking import ending_of
 
 log = logging.getLogger(__name__)
 CACHED = 4  # shards whose decisions `keep_only` holds, for pipelines that mix a few shards
@@ -81,10 +82,18 @@ class ScannedShards:
         return decided, scored.column("sha256").to_pylist()
 
     def open(self, stem: str) -> IO[bytes]:
-        """The original shard, if it is the one that was scanned: same size, same first and last 64 KiB."""
+        """The tar of the original shard, if it is the one that was scanned."""
+        return unpacked(self.shards[stem], self._open_stored(stem))
+
+    def require_unchanged(self, stem: str) -> None:
+        """Raises ShardError for a shard that is not the one that was scanned; nothing is unpacked."""
+        self._open_stored(stem).close()
+
+    def _open_stored(self, stem: str) -> IO[bytes]:
+        """Of the same size, with the same first and last 64 KiB."""
         shard = self.shards[stem]
         try:
-            file = open_shard(shard)
+            file = open_stored(shard)
         except ShardError as error:
             raise ShardError(
                 f"{error} {self.path} was scanned from it. Restore it, or name the folder of the shards with moved_to."
@@ -105,7 +114,8 @@ class ScannedShards:
 
 
 def _moved(shard: Shard, moved_to: str) -> Shard:
-    return replace(shard, url=storage.join(storage.absolute(moved_to), f"{shard.stem}.tar")) if moved_to else shard
+    name = f"{shard.stem}{ending_of(shard.url)}"
+    return replace(shard, url=storage.join(storage.absolute(moved_to), name)) if moved_to else shard
 
 
 def _changed(shard: Shard) -> str:
@@ -124,13 +134,13 @@ class KeptSamples(IterableDataset[dict[str, Any]]):
 
     def __init__(
         self,
-        scanned: str,
+        scanned: AnyPath,
         *,
         shuffle: int = 0,
         seed: int = 0,
         rank: int | None = None,
         world: int | None = None,
-        moved_to: str = "",
+        moved_to: AnyPath = "",
     ) -> None:
         """`scanned`: the folder of a scan with decisions.
 
@@ -141,7 +151,7 @@ class KeptSamples(IterableDataset[dict[str, Any]]):
         check(shuffle >= 0, f"shuffle: {shuffle} samples; give 0 (off) or more.")
         check((rank is None) == (world is None), "rank and world: give both or none.")
         check(rank is None or 0 <= rank < (world or 0), f"rank {rank} of world {world}: must be 0 <= rank < world.")
-        self.scanned = ScannedShards(scanned, moved_to)
+        self.scanned = ScannedShards(path_text(scanned, "scanned"), path_text(moved_to, "moved_to"))
         self._shuffle, self._seed = shuffle, seed
         self._rank_and_world = None if rank is None or world is None else (rank, world)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared: persistent workers see `set_epoch`
@@ -162,8 +172,7 @@ class KeptSamples(IterableDataset[dict[str, Any]]):
     def check(self) -> None:
         """Look at every shard now rather than when its turn comes. Raises ShardError for the first that is missing or changed."""
         with ThreadPoolExecutor(16) as pool:
-            for file in pool.map(self.scanned.open, self.scanned.shards):
-                file.close()
+            list(pool.map(self.scanned.require_unchanged, self.scanned.shards))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         reader, readers = self._place()
@@ -277,7 +286,7 @@ class KeepOnly:
 
     def _hold(self, url: str) -> None:
         stem = self._stem(url)
-        self._scanned.open(stem).close()
+        self._scanned.require_unchanged(stem)
         decided, hashes = self._scanned.decisions(stem)
         rows: dict[str, tuple[bool, str]] = {}
         for key, keep, sha256 in zip(decided.keys, decided.keep.tolist(), hashes, strict=True):
@@ -288,9 +297,9 @@ class KeepOnly:
         self._held[url] = rows
 
 
-def keep_only(scanned: str, *, moved_to: str = "") -> Callable[[Mapping[str, Any]], bool]:
+def keep_only(scanned: AnyPath, *, moved_to: AnyPath = "") -> Callable[[Mapping[str, Any]], bool]:
     """For `wds.select(keep_only("scanned"))` in a webdataset pipeline over the scanned shards, before decoding and shuffling.
 
     moved_to: the folder (or URL) the scanned shards lie in now, if it is another one.
     """
-    return KeepOnly(ScannedShards(scanned, moved_to))
+    return KeepOnly(ScannedShards(path_text(scanned, "scanned"), path_text(moved_to, "moved_to")))

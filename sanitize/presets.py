@@ -1,8 +1,8 @@
-"""Named sets of settings for `fit`: "default" is the defaults, "paper" as DeDe was published."""
+"""Named settings of `sanitize fit`."""
 
 from typing import Any
 
-from sanitize.config import check
+from sanitize.errors import check
 
 # "default": low-resolution decoder. "paper": shapes, schedule and ratios of DeDe's reference code (tardisblue9/DeDe).
 FIT_PRESETS: dict[str, dict[str, Any]] = {

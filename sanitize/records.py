@@ -7,11 +7,11 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One input tar. `stem` names every output made from it."""
+    """One input shard. `stem` names every output made from it."""
 
     url: str
-    stem: str  # path below the input folder, without ".tar"; unique in a run
-    size: int  # bytes
+    stem: str  # path below the input folder, without its ending; unique in a run
+    size: int  # bytes of its file
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from sanitize.attacks import tiny_clip
 from sanitize.attacks.triggers import _TO_YUV, _pattern
-from sanitize.config import DecoderConfig, EncoderSpec, FitConfig, ThresholdPolicy, TrainingConfig
+from sanitize.config import EncoderSpec, FitConfig, ThresholdPolicy, TrainingConfig
+from sanitize.config_models import DecoderConfig
 from sanitize.metrics import detection
 from sanitize.stages.encoders import Encoder, build_backbone
 

@@ -5,7 +5,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from sanitize.config import DecoderConfig
+from sanitize.config_models import DecoderConfig
 from sanitize.stages.decoder import Decoder, hidden_pixels, patch_order, visible_count
 from sanitize.stages.scoring import mean_score, paper_score
 

@@ -68,10 +68,14 @@ def test_a_name_that_is_not_there_says_so():
 
 
 CALLER = """
+from pathlib import Path
+
 import sanitize
 
-def clean_up(folder: str) -> int:
-    result: sanitize.ScanResult = sanitize.scan(sanitize.ScanConfig(shards=(folder,)))
+def clean_up(folder: str, out: Path) -> int:
+    config = sanitize.ScanConfig(shards=(folder, Path("more")), out=out)
+    print(config.out.upper(), sanitize.verify(out).problems)
+    result: sanitize.ScanResult = sanitize.scan(config)
     kept = sanitize.clean("scanned", sanitize.ThresholdPolicy(policy="fdr"))
     for sample in sanitize.KeptSamples("scanned", shuffle=100):
         print(sample["__key__"])
@@ -79,6 +83,7 @@ def clean_up(folder: str) -> int:
 """
 WRONG = """
 sanitize.scan("shards/")
+sanitize.ScanConfig(shards=("in",), out=3)
 sanitize.scann
 """
 
@@ -99,7 +104,8 @@ def test_a_strictly_typed_caller_passes_mypy_and_mistakes_do_not(tmp_path):
     first = len(CALLER.splitlines()) + 2
     assert re.findall(r"caller\.py:(\d+): error: .*\[(.*)\]", done.stdout) == [
         (str(first), "arg-type"),
-        (str(first + 1), "attr-defined"),
+        (str(first + 1), "arg-type"),
+        (str(first + 2), "attr-defined"),
     ], done.stdout
 
 

@@ -1,5 +1,6 @@
 """One decision for the number format: bf16 only where it is multiplied natively, and nobody else asks for it."""
 
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from builders import SPEC, random_images
 
 from sanitize.attacks import simclr
 from sanitize.attacks.simclr import SimclrConfig
+from sanitize.commands.scan import scan
+from sanitize.stages import precision
 from sanitize.stages.precision import resolve_precision
 
 ROOT = Path(__file__).parents[1]
@@ -70,3 +73,29 @@ def test_only_one_module_asks_for_bf16():
     modules = [path for folder in ("sanitize", "pipelines", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
     found = [str(path.relative_to(ROOT)) for path in modules if asks.search(path.read_text())]
     assert found == ["sanitize/stages/precision.py"]
+
+
+# ---------------------------------------------------------------- what is remembered
+
+
+def test_run_json_says_what_auto_became_and_another_machine_may_go_on(shards, scan_config, tmp_path, monkeypatch):
+    config = scan_config(shards, precision="auto")
+    path = tmp_path / "scanned" / "run.json"
+    here = {"native": True}
+    monkeypatch.setattr(precision, "_cpu_multiplies_bf16", lambda: here["native"])
+    scan(config)
+    before = path.read_bytes()
+    assert json.loads(before)["computed_in"] == "bf16 on cpu"
+    here["native"] = False
+    assert scan(config).failed == ()
+    assert path.read_bytes() == before, "it remembers where the scan began"
+
+
+def test_a_run_json_from_before_it_was_recorded_stays_valid(shards, scan_config, tmp_path):
+    config = scan_config(shards)
+    scan(config)
+    path = tmp_path / "scanned" / "run.json"
+    values = json.loads(path.read_text())
+    assert values.pop("computed_in") == "fp32 on cpu"
+    path.write_text(json.dumps(values))
+    assert scan(config).failed == ()

@@ -25,8 +25,9 @@ from sanitize.artifacts.detector_folder import load_detector
 from sanitize.commands.clean import clean
 from sanitize.commands.fit import fit
 from sanitize.commands.scan import scan
-from sanitize.config import FitConfig, PredictionConfig, ScanConfig, ThresholdPolicy, TrainingConfig
+from sanitize.config import FitConfig, ScanConfig, ThresholdPolicy, TrainingConfig
 from sanitize.config_loading import load_encoder_spec
+from sanitize.config_models import PredictionConfig
 from sanitize.errors import CheckpointError, ConfigError
 from sanitize.stages.benign_changes import CHANGES, change
 from sanitize.stages.encoders import embed_in_batches, load_encoder

@@ -24,7 +24,8 @@ from builders import (
 from sanitize.commands.fit import fit
 from sanitize.commands.scan import scan
 from sanitize.commands.verify import verify
-from sanitize.config import DecoderConfig, ThresholdPolicy
+from sanitize.config import ThresholdPolicy
+from sanitize.config_models import DecoderConfig
 from sanitize.errors import StorageError
 from sanitize.records import Shard
 from sanitize.stages.decoder import patch_order

@@ -13,8 +13,9 @@ from builders import image_members, random_image, write_encoder, write_tar
 
 from sanitize.commands.clean import clean
 from sanitize.commands.scan import scan
-from sanitize.config import DecoderConfig, ThresholdPolicy
+from sanitize.config import ThresholdPolicy
 from sanitize.config_loading import load_encoder_spec
+from sanitize.config_models import DecoderConfig
 from sanitize.errors import CheckpointError, ConfigError, RefusedError, StorageError
 from sanitize.stages.shards import open_shard
 

@@ -75,7 +75,9 @@ def test_a_missing_folder_says_so(tmp_path):
 
 
 def test_a_folder_without_tars_says_so(tmp_path):
-    with pytest.raises(ConfigError, match=r"no \.tar file found\. Give a folder with WebDataset shards"):
+    with pytest.raises(
+        ConfigError, match=r"no \.tar, \.tar\.gz, \.tgz, \.tar\.zst found\. Give a folder with WebDataset shards"
+    ):
         list_shards([str(tmp_path)])
 
 
@@ -248,9 +250,13 @@ def test_concatenated_tars_are_reported_not_silently_cut(tmp_path):
 # ---------------------------------------------------------------- what is no shard
 
 NOT_SHARDS = {  # what is there → what is given, words of the refusal
-    "a compressed shard": ("a.tar.gz", "a.tar.gz", "a.tar.gz: is compressed, .* Unpack it: gunzip -k {at}/a.tar.gz"),
-    "a folder of them": ("a.tgz", "", "a.tgz: is compressed, .* Unpack it: gunzip -k {at}/a.tgz"),
-    "a glob of them": ("b.tar.zst", "*.tar.zst", "b.tar.zst: is compressed, .* Unpack it: zstd -d {at}/b.tar.zst"),
+    "a compressed shard": (
+        "a.tar.xz",
+        "a.tar.xz",
+        "a.tar.xz: is compressed in a way .* Unpack it: unxz -k {at}/a.tar.xz",
+    ),
+    "a folder of them": ("a.tar.xz", "", "a.tar.xz: is compressed in a way .* Unpack it: unxz -k {at}/a.tar.xz"),
+    "a glob of them": ("b.tar.bz2", "*.bz2", "b.tar.bz2: is compressed .* Unpack it: bunzip2 -k {at}/b.tar.bz2"),
     "images": ("cat/1.JPG", "", "holds images, no WebDataset shards. .* sanitize pack {at} packed/ - and give packed/"),
     "one image": ("cat/1.png", "cat/1.png", "1.png: holds images, .* sanitize pack {at}/cat packed/"),
     "a glob of images": ("cat/1.png", "cat/*.png", "holds images, .* sanitize pack {at}/cat packed/"),
@@ -272,9 +278,9 @@ def test_what_is_no_shard_is_refused_with_the_command_that_helps(tmp_path, case)
 
 
 def test_a_compressed_shard_beside_plain_ones_is_not_passed_over(tmp_path):
-    for name in ("a.tar", "b.tar.gz"):
+    for name in ("a.tar", "b.tar.xz"):
         (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(ConfigError, match=r"b\.tar\.gz: is compressed"):
+    with pytest.raises(ConfigError, match=r"b\.tar\.xz: is compressed"):
         list_shards([str(tmp_path)])
-    (tmp_path / "b.tar").write_bytes(b"x")  # gunzip -k leaves both
+    (tmp_path / "b.tar").write_bytes(b"x")  # unxz -k leaves both
     assert [shard.stem for shard in list_shards([str(tmp_path)])] == ["a", "b"]

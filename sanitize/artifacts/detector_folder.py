@@ -17,9 +17,10 @@ from torch import Tensor
 from sanitize import storage
 from sanitize.artifacts.predictor_tensors import PredictorShape, filled_predictor, named_tensors, shape_of
 from sanitize.artifacts.run_record import library_versions
-from sanitize.config import SCORERS, DecoderConfig, EncoderSpec, check, perturbed_share
+from sanitize.config import SCORERS, EncoderSpec, perturbed_share
 from sanitize.config_loading import from_mapping, to_mapping
-from sanitize.errors import CheckpointError
+from sanitize.config_models import DecoderConfig
+from sanitize.errors import CheckpointError, check
 from sanitize.parquet import read_table
 from sanitize.stages.agreement import IMAGE_HASH, NONE, RESIDUALS, Departures
 from sanitize.stages.clean_reference import CleanReference

@@ -3,7 +3,6 @@
 An encoder that came as a Hugging Face folder becomes one again, `encoder/` beside encoder.yaml.
 """
 
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from sanitize import storage
 from sanitize.config import EncoderSpec
 from sanitize.config_loading import load_encoder_spec, to_mapping
 from sanitize.errors import ConfigError
+from sanitize.paths import AnyPath, path_text
 from sanitize.stages import huggingface
 from sanitize.stages.encoders import Encoder, load_encoder
 from sanitize.stages.exported import traced
@@ -57,7 +57,7 @@ def save_clip(clip: Clip, folder: str) -> EncoderSpec:
 
 def export_encoder(
     module: nn.Module,
-    folder: str | os.PathLike[str],
+    folder: AnyPath,
     *,
     image_size: int,
     mean: Sequence[float],
@@ -69,7 +69,7 @@ def export_encoder(
     Traced by torch.export in eval mode, so that every worker and every later scan has this very encoder. Raises ConfigError when it
     cannot be traced or does not give the same embeddings.
     """
-    folder = os.fspath(folder)
+    folder = path_text(folder, "folder")
     images = torch.rand(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     architecture = f"exported:{storage.join(folder, EXPORTED)}"
     spec = EncoderSpec(architecture, "", image_size, tuple(mean), tuple(std), resize)

@@ -13,6 +13,7 @@ from torch import Tensor
 from sanitize import storage
 from sanitize.config_loading import to_mapping
 from sanitize.errors import CheckpointError
+from sanitize.paths import AnyPath, path_text
 from sanitize.stages.encoders import Encoder
 from sanitize.training.heads import Head
 
@@ -64,8 +65,9 @@ def save_head(trained: TrainedHead, folder: str, settings: dict[str, Any]) -> No
     storage.write_json(storage.join(folder, "head.json"), to_mapping(description))
 
 
-def load_head(folder: str, encoder: Encoder) -> TrainedHead:
+def load_head(folder: AnyPath, encoder: Encoder) -> TrainedHead:
     """The head in `folder`, for this very encoder. Raises CheckpointError when it is missing, damaged or another encoder's."""
+    folder = path_text(folder, "folder")
     path = storage.join(folder, "head.json")
     if not storage.exists(path):
         raise CheckpointError(f"{folder}: no head there (head.json is missing). Run `sanitize finetune` first.")

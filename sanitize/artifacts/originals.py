@@ -11,6 +11,7 @@ from sanitize import storage
 from sanitize.errors import ShardError
 from sanitize.hashing import HashingWriter
 from sanitize.parquet import read_table
+from sanitize.stages.unpacking import ending_of
 
 FOLDER = "originals"
 SCHEMA = pa.schema(
@@ -55,7 +56,7 @@ def read_originals(shard_url: str, folder: str, keys: Sequence[str], tar_sha256:
     Raises ShardError when there are originals, but of another shard.
     """
     place, name = shard_url.rsplit("/", 1)
-    path = storage.join(folder or place, name_of(name.removesuffix(".tar")))
+    path = storage.join(folder or place, name_of(name.removesuffix(ending_of(name))))
     if not storage.exists(path):
         return None
     table = None

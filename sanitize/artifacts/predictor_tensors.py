@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sanitize.config import check
+from sanitize.errors import check
 from sanitize.stages.prediction import Departure, LinearEye, PredictionTarget, Predictor, Student
 
 PREFIX = "predictor."  # of the names of its tensors

@@ -11,13 +11,15 @@ from sanitize import storage
 from sanitize.errors import RefusedError
 
 
-def refuse_other_run(folder: str, name: str, identity: dict[str, Any], what: str, inputs: Sequence[str] = ()) -> bool:
+def refuse_other_run(
+    folder: str, name: str, identity: dict[str, Any], what: str, inputs: Sequence[str] = (), notes: Sequence[str] = ()
+) -> bool:
     """Whether `folder`/`name` remembers this very run already. Raises RefusedError when it remembers another one.
 
     identity: what makes the run this run (plain values); keys that only the file has do not matter, so the file of an older version
     stays valid when a setting leaves the identity. what: the folder's content in words, with an article.
     inputs: keys of `identity` that hold shards by stem; "" or 0 in one = it could not be read, and is not compared; once it can be,
-    it is added. An older file may lack them.
+    it is added. An older file may lack them. notes: keys that are remembered and not compared.
     """
     storage.remove_partials(folder)
     path = storage.join(folder, name)
@@ -27,7 +29,7 @@ def refuse_other_run(folder: str, name: str, identity: dict[str, Any], what: str
     before = dict(recorded)
     for key in set(inputs) & recorded.keys():
         now[key], before[key] = _known(now[key], recorded[key]), _known(recorded[key], now[key])
-    compared = [key for key in now if key in before or key not in inputs]
+    compared = [key for key in now if key not in notes and (key in before or key not in inputs)]
     if changed := sorted(key for key in compared if now[key] != before.get(key)):
         raise RefusedError(
             f"{folder}: holds {what} that differs in {', '.join(changed)}. Give another --out, or delete the folder to start again."
@@ -44,9 +46,11 @@ def _known(value: Any, other: Any) -> Any:
     return value or other or value
 
 
-def claim_folder(folder: str, name: str, identity: dict[str, Any], what: str, inputs: Sequence[str] = ()) -> None:
+def claim_folder(
+    folder: str, name: str, identity: dict[str, Any], what: str, inputs: Sequence[str] = (), notes: Sequence[str] = ()
+) -> None:
     """Make `folder` this run's, or check that it is. Raises RefusedError when it is another's."""
-    if not refuse_other_run(folder, name, identity, what, inputs):
+    if not refuse_other_run(folder, name, identity, what, inputs, notes):
         storage.write_json(storage.join(folder, name), identity)
 
 

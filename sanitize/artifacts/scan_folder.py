@@ -37,7 +37,7 @@ MARKERS = "markers.jsonl"
 
 @dataclass(frozen=True)
 class InputShard:
-    """One input tar as it was when the scan began. head_tail_sha256: see stages/shards.py; "" = it could not be read."""
+    """One input shard as it lay there when the scan began. head_tail_sha256: see stages/shards.py; "" = it could not be read."""
 
     url: str
     bytes: int
@@ -46,7 +46,8 @@ class InputShard:
 
 @dataclass(frozen=True)
 class Run:
-    """What makes this scan this scan. shards: by stem; detector: its folder; encoder: settings of EncoderSpec."""
+    """What makes this scan this scan. shards: by stem; detector: its folder; encoder: settings of EncoderSpec; computed_in: what
+    `precision` meant where the scan began, for example "bf16 on cpu", a note: the scan may go on on another machine."""
 
     detector: str
     detector_fingerprint: str
@@ -57,6 +58,7 @@ class Run:
     precision: str
     shards: dict[str, InputShard]
     versions: dict[str, str]
+    computed_in: str = ""
 
     def shard(self, stem: str) -> Shard:
         entry = self.shards[stem]
@@ -65,7 +67,7 @@ class Run:
 
 @dataclass(frozen=True)
 class ShardInput:
-    """What pass 1 read of a shard. damage: "" or what is wrong with its tail; loose_members: that belong to no sample."""
+    """What pass 1 read of a shard, unpacked. damage: "" or what is wrong with its tail; loose_members: that belong to no sample."""
 
     bytes: int
     sha256: str
@@ -159,15 +161,19 @@ class ScanFolder:
         are added to it; those it names may be left out of `run`.
         """
         if append and storage.exists(self.at("run.json")):
-            before = self.run().shards
-            run = replace(run, shards=before | run.shards)
+            before, noted = self.run().shards, self.run().computed_in
+            run = replace(run, shards=before | run.shards, computed_in=noted or run.computed_in)
             known = replace(run, shards={stem: run.shards[stem] for stem in before})
-            run_record.claim_folder(self.path, "run.json", to_mapping(known), "a scan", inputs=("shards",))
+            run_record.claim_folder(
+                self.path, "run.json", to_mapping(known), "a scan", inputs=("shards",), notes=("computed_in",)
+            )
             if run.shards.keys() - before.keys():
                 self.delete_summary()  # of a pass 2 without them
                 storage.write_json(self.at("run.json"), to_mapping(run))
         else:
-            run_record.claim_folder(self.path, "run.json", to_mapping(run), "a scan", inputs=("shards",))
+            run_record.claim_folder(
+                self.path, "run.json", to_mapping(run), "a scan", inputs=("shards",), notes=("computed_in",)
+            )
 
     def run(self) -> Run:
         """Raises ConfigError when there is no scan."""

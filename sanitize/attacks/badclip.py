@@ -18,7 +18,7 @@ from torch.nn import functional
 from sanitize import storage
 from sanitize.attacks.backdoor import unit
 from sanitize.attacks.triggers import place_at_centre, to_uint8
-from sanitize.config import check
+from sanitize.errors import check
 from sanitize.training.clip import Clip, info_nce
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sanitize.attacks.contrastive import Pairs
-from sanitize.config import check
+from sanitize.errors import check
 
 
 def target_captions(pairs: Pairs, word: str, templates: Sequence[str]) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sanitize.attacks.backdoor import freeze_batch_norm, unit
-from sanitize.config import EncoderSpec, check
+from sanitize.config import EncoderSpec
+from sanitize.errors import check
 from sanitize.stages.clip import QuickGELU, TextTransformer
 from sanitize.stages.precision import autocast, resolve_precision
 from sanitize.training.clip import LARGEST_SCALE, Clip, info_nce

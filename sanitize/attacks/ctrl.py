@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sanitize.config import check
+from sanitize.errors import check
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from sanitize.attacks.backdoor import FineTuneConfig, Step, fine_tune, unit
 from sanitize.attacks.badencoder import keep_clean, keep_references
 from sanitize.attacks.evaluation import sliced_wasserstein
-from sanitize.config import check
+from sanitize.errors import check
 from sanitize.stages.encoders import Encoder
 
 GROW, SHRINK = 1.25, 1.25**1.25

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sanitize.attacks.augment import random_resized_crop
-from sanitize.config import EncoderSpec, check
+from sanitize.config import EncoderSpec
+from sanitize.errors import check
 from sanitize.stages.encoders import Encoder, build_backbone
 from sanitize.stages.precision import autocast, resolve_precision
 from sanitize.training.optimizer import half_cosine

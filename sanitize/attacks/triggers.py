@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from sanitize import storage
-from sanitize.config import check
 from sanitize.config_loading import from_mapping
-from sanitize.errors import ConfigError
+from sanitize.errors import ConfigError, check
 from sanitize.stages.images import decode_image
 
 Trigger = Callable[[Tensor], Tensor]

@@ -17,6 +17,7 @@ from sanitize.artifacts.truth import load_poisoned
 from sanitize.config_loading import to_mapping
 from sanitize.errors import ConfigError
 from sanitize.metrics import Detection, detection
+from sanitize.paths import AnyPath, path_text
 from sanitize.records import DecodedImage
 from sanitize.stages import score_table
 from sanitize.stages.decision_table import Decisions
@@ -24,6 +25,7 @@ from sanitize.stages.images import decode_sample, shrink
 from sanitize.stages.score_table import Floats
 from sanitize.stages.scoring import normalised
 from sanitize.stages.shard_reader import ShardReader
+from sanitize.stages.shards import open_shard
 
 log = logging.getLogger(__name__)
 Mask = NDArray[np.bool_]
@@ -65,8 +67,9 @@ class AuditResult:
     report: str
 
 
-def audit(out: str, truth: str = "", top: int = 32) -> AuditResult:
+def audit(out: AnyPath, truth: AnyPath = "", top: int = 32) -> AuditResult:
     """Summarise a scan; write summary.json, histogram.png, suspicious.png and report.html into `out`/audit."""
+    out, truth = path_text(out, "out"), path_text(truth, "truth")
     folder = ScanFolder(out)
     run, summary = folder.run(), folder.summary()
     scored = _read(folder, run, summary)
@@ -223,7 +226,7 @@ def _decode_rows(run: Run, scored: ScoredSamples, order: NDArray[np.int64]) -> d
         shard = run.shard(stem)
         if not storage.exists(shard.url):
             continue
-        with storage.open_read(shard.url) as file:
+        with open_shard(shard) as file:
             for sample in ShardReader(file, shard, image_member=run.image_member).samples():
                 if sample.index in rows:
                     found[rows[sample.index]] = decode_sample(sample)

@@ -7,15 +7,16 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sanitize import runtime, storage
-from sanitize.config import EncoderSpec, check
-from sanitize.errors import ConfigError
+from sanitize import runtime
+from sanitize.config import EncoderSpec
+from sanitize.errors import ConfigError, check
+from sanitize.paths import AnyPath, path_texts
 from sanitize.records import DecodedImage, Sample, Shard
 from sanitize.stages.encoders import Encoder, embed_in_batches, load_encoder
 from sanitize.stages.images import decode_sample, shrink, to_batch
@@ -52,13 +53,14 @@ class Seen:
     captions: list[str]
 
 
-def check_encoder(encoder: EncoderSpec, patterns: Sequence[str] = (), limit: int = 64) -> EncoderCheck:
+def check_encoder(encoder: EncoderSpec, patterns: Sequence[AnyPath] = (), limit: int = 64) -> EncoderCheck:
     """Load the encoder, embed up to `limit` images of the shards (without shards: random ones), and measure.
 
     Raises CheckpointError or ConfigError when it cannot be loaded.
     """
     check(limit >= MIN_IMAGES, f"limit: {limit} images are too few to compare. Give at least {MIN_IMAGES}.")
     loaded = load_encoder(encoder).to(runtime.device())
+    patterns = path_texts(patterns, "patterns")
     seen = _from_shards(patterns, loaded.spec, limit) if patterns else _random_images(loaded.spec, limit)
     start = time.monotonic()
     embeddings = embed_in_batches(loaded, seen.images, batch_size=16)
@@ -96,15 +98,18 @@ def _from_shards(patterns: Sequence[str], spec: EncoderSpec, limit: int) -> Seen
 
 def _usable(shard: Shard, spec: EncoderSpec) -> Iterator[tuple[DecodedImage, int]]:
     with open_shard(shard) as file:
-        for sample in ShardReader(file, shard, caption_member="txt" if spec.tokenizer else "").samples():
-            image = decode_sample(sample)
+        caption_member = "txt" if spec.tokenizer else ""
+        reader = ShardReader(file, shard, with_images=False, caption_member=caption_member)
+        for sample in reader.samples():
+            member = reader.image_of(sample)
+            image = decode_sample(replace(sample, image=reader.content(member) if member else None))
             if image.pixels is not None:
-                yield image, _label(shard, sample)
+                yield image, _label(reader, sample)
 
 
-def _label(shard: Shard, sample: Sample) -> int:
+def _label(reader: ShardReader, sample: Sample) -> int:
     member = next((m for m in sample.members if m.extension == "cls" and m.size <= MAX_LABEL_BYTES), None)
-    return label_of(storage.read_range(shard.url, member.data, member.size), "")[0] if member else -1
+    return label_of(reader.content(member), "")[0] if member else -1
 
 
 def _random_images(spec: EncoderSpec, count: int) -> Seen:
@@ -219,7 +224,8 @@ def _lines(
 ) -> Iterator[str]:
     device = runtime.device().type
     yield f"{spec.architecture}: fingerprint {fingerprint[:12]}"
-    yield f"  input: {spec.image_size} pixels ({spec.resize}), mean {_shown(spec.mean)}, std {_shown(spec.std)}"
+    pooling = f", pooling {spec.pooling}" if spec.pooling else ""
+    yield f"  input: {spec.image_size} pixels ({spec.resize}), mean {_shown(spec.mean)}, std {_shown(spec.std)}{pooling}"
     kind = "images" if real else "random images"
     speed = numbers["images_per_second"]
     yield f"  {len(embeddings)} {kind}: embeddings of {embeddings.shape[1]} numbers, {speed:.1f} images/s on the {device}"

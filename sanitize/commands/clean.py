@@ -27,12 +27,14 @@ from sanitize.artifacts.scan_folder import (
 from sanitize.config import ThresholdPolicy
 from sanitize.deciding import CleanResult, Scanned, find_rule, is_most
 from sanitize.errors import ConfigError
+from sanitize.paths import AnyPath, path_text
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 from sanitize.runtime import Resources
 from sanitize.stages import score_table
 from sanitize.stages.decision_table import Decisions, Rule, write_decisions
 from sanitize.stages.splitting import ScoredShard, split_shard
+from sanitize.stages.unpacking import is_compressed
 from sanitize.workers import ProgressCallback, ShardFunction
 
 log = logging.getLogger(__name__)
@@ -40,10 +42,10 @@ IN_FLIGHT = 1 << 30  # bytes of shards that one worker copies at a time, over a 
 
 
 def clean(
-    out: str, policy: ThresholdPolicy, *, force: bool = False, resources: Resources | None = None, address: str = ""
+    out: AnyPath, policy: ThresholdPolicy, *, force: bool = False, resources: Resources | None = None, address: str = ""
 ) -> CleanResult:
     """Find the rule for the whole scan, decide on and split every shard by it (in this process by default), write summary.json."""
-    return clean_together([out], policy, force=force, resources=resources, address=address)[0]
+    return clean_together([path_text(out, "out")], policy, force=force, resources=resources, address=address)[0]
 
 
 def clean_together(
@@ -192,6 +194,9 @@ def _split(folder: ScanFolder, run: Run, shard: Shard, rule: Rule, progress: Pro
     tars = before.tars() if before.clean and before.clean.decision == decision else {}
     if not tars or not folder.has(tars):
         images = table.column("sha256").to_pylist()
+        # a compressed shard lies there unpacked as well
+        held = marker.input.bytes * (2 if is_compressed(shard.url) else 1)
+        storage.require_temporary_space(folder.path, held)
         tars = _copy(folder, folder.scored_shard(run, marker, decided.keys, images), decided.keep)
     written = write_decisions(folder.at(folder.decisions_name(shard.stem)), rows)
     removed = int((~decided.keep).sum())
@@ -209,6 +214,5 @@ def _copy(folder: ScanFolder, scored: ScoredShard, keep: NDArray[np.bool_]) -> d
     stem, names = scored.shard.stem, folder.part_names(scored.shard.stem)
     for name in (*names.values(), folder.decisions_name(stem)):
         storage.delete(folder.at(name))
-    storage.require_temporary_space(folder.path, scored.shard.size)
     parts = split_shard(scored, keep, lambda kept: storage.atomic_write(folder.at(names[kept])))
     return {names[kept]: WrittenFile.of(part) for kept, part in parts.items()}

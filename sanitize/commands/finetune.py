@@ -15,9 +15,9 @@ from sanitize.artifacts import run_record
 from sanitize.artifacts.encoder_folder import save_clip, save_encoder
 from sanitize.artifacts.folder_lock import folder_lock
 from sanitize.artifacts.head_folder import TrainedHead, load_head, save_head
-from sanitize.config import EncoderSpec, FinetuneConfig, check
+from sanitize.config import EncoderSpec, FinetuneConfig
 from sanitize.config_loading import from_mapping, to_mapping, with_absolute_paths
-from sanitize.errors import RefusedError
+from sanitize.errors import RefusedError, check
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 from sanitize.runtime import Resources

@@ -129,7 +129,7 @@ def _embed(config: FitConfig, shards: list[Shard], resources: Resources) -> tupl
             parts[shard] = load_embeddings(path)
     if not parts:
         raise ConfigError(
-            f"no usable image in {', '.join(config.shards)}. {failed[0] if failed else 'Give shards with images.'}"
+            f"no usable image in {', '.join(map(str, config.shards))}. {failed[0] if failed else 'Give shards with images.'}"
         )
     embeddings, images, hashes = (
         torch.cat([part[name] for part in parts.values()])[: config.limit or None]

@@ -20,6 +20,7 @@ from sanitize.detectors.decree.config import DecreeConfig
 from sanitize.detectors.decree.inversion import Inversion, InvertedTrigger
 from sanitize.detectors.decree.verdict import MIN_PEERS, Verdict, verdict_on
 from sanitize.errors import ConfigError
+from sanitize.paths import AnyPath, path_text, path_texts
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 from sanitize.stages.encoders import load_encoder
@@ -98,12 +99,17 @@ class ImagePool:
 
 
 def inspect(
-    encoder: EncoderSpec, patterns: Sequence[str], out: str, config: DecreeConfig, peers: Sequence[EncoderSpec] = ()
+    encoder: EncoderSpec,
+    patterns: Sequence[AnyPath],
+    out: AnyPath,
+    config: DecreeConfig,
+    peers: Sequence[EncoderSpec] = (),
 ) -> Inspection:
     """Invert a trigger for `encoder`, judge its size, and write inspect.json and trigger.png into `out`.
 
     patterns: shards of auxiliary images. peers: clean encoders of the same architecture, none or at least three.
     """
+    patterns, out = path_texts(patterns, "patterns"), path_text(out, "out")
     encoder, *peers = (complete_spec(spec) for spec in (encoder, *peers))
     fingerprints = _fingerprints(encoder, peers)
     shards = list_shards(patterns)

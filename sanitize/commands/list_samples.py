@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from sanitize import storage
 from sanitize.artifacts.originals import FOLDER, read_originals
 from sanitize.artifacts.scan_folder import Run, ScanFolder, ShardMarker
-from sanitize.config import check
-from sanitize.errors import ConfigError, RefusedError, ShardError
+from sanitize.errors import ConfigError, RefusedError, ShardError, check
 from sanitize.hashing import HashingWriter
+from sanitize.paths import AnyPath, path_text
 
 SCHEMA = pa.schema(
     [
@@ -48,11 +48,13 @@ class ListResult:
     failed: tuple[str, ...]
 
 
-def list_samples(scanned: str, file: str, *, only: str = "", originals: str = "") -> ListResult:
+def list_samples(scanned: AnyPath, file: AnyPath, *, only: str = "", originals: AnyPath = "") -> ListResult:
     """Write the decisions of a scan to `file`, shard after shard.
 
     only: "kept", "removed", "" = both; originals: the folder that `pack` wrote, "" = where the scanned shards lie.
     """
+    scanned, file = path_text(scanned, "scanned"), path_text(file, "file")
+    originals = path_text(originals, "originals")
     folder = ScanFolder(scanned)
     run, summary = folder.run(), folder.summary()
     ending = _checked_ending(file, only)

@@ -17,9 +17,10 @@ from sanitize.artifacts import originals
 from sanitize.artifacts.folder_lock import folder_lock
 from sanitize.artifacts.packed_folder import PackedFolder, PackMarker
 from sanitize.artifacts.scan_folder import WrittenFile
-from sanitize.config import check, check_out
-from sanitize.errors import ConfigError
+from sanitize.config import check_out
+from sanitize.errors import ConfigError, check
 from sanitize.hashing import HashingWriter
+from sanitize.paths import AnyPath, path_text
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 from sanitize.runtime import Resources
@@ -51,8 +52,8 @@ class PackResult:
 
 
 def pack(
-    source: str,
-    out: str,
+    source: AnyPath,
+    out: AnyPath,
     *,
     images: str = "",
     labels: str = "",
@@ -65,6 +66,7 @@ def pack(
 
     images: column of a table; labels: a column, "folders" or "none"; captions: a column or "none"; "" = what fits.
     """
+    source, out = path_text(source, "source"), path_text(out, "out")
     check_out(out)
     check(1 <= shard_size <= MAX_SHARD_SIZE, f"shard_size: {shard_size} is not between 1 and {MAX_SHARD_SIZE} samples.")
     _refuse_inside(source, out)

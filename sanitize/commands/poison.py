@@ -14,12 +14,12 @@ from sanitize import storage
 from sanitize.artifacts.truth import NAME as TRUTH
 from sanitize.artifacts.truth import PoisonedSample, PoisonTruth, write_truth
 from sanitize.attacks.triggers import Trigger, poison_mask
-from sanitize.config import check
-from sanitize.errors import ConfigError, ShardError
+from sanitize.errors import ConfigError, ShardError, check
+from sanitize.paths import AnyPath, path_text, path_texts
 from sanitize.records import Sample, Shard
 from sanitize.stages.images import decode_image
 from sanitize.stages.shard_reader import ShardReader
-from sanitize.stages.shards import add_member, end_archive, list_shards, printable, refuse_to_overwrite
+from sanitize.stages.shards import add_member, end_archive, list_shards, open_shard, printable, refuse_to_overwrite
 
 log = logging.getLogger(__name__)
 LOSSLESS = {"png": "PNG", "bmp": "BMP", "ppm": "PPM", "tif": "TIFF", "tiff": "TIFF"}
@@ -34,8 +34,8 @@ class PoisonResult:
 
 
 def poison(
-    patterns: tuple[str, ...],
-    out: str,
+    patterns: Sequence[AnyPath],
+    out: AnyPath,
     *,
     rate: float,
     trigger: Trigger,
@@ -50,6 +50,7 @@ def poison(
     Other members and unstamped samples are copied byte for byte. Lossy images are an exception: all of them are encoded
     again (`reencode_all`), so that the codec does not give the stamped ones away.
     """
+    patterns, out = path_texts(patterns, "patterns"), path_text(out, "out")
     shards, replace = list_shards(patterns, leave_out=out), replace or {}
     refuse_to_overwrite(shards, lambda stem: [storage.join(out, f"{stem}.tar")])
     if storage.exists(storage.join(out, TRUTH)):
@@ -76,7 +77,7 @@ def poison(
 
 
 def _count(shard: Shard) -> int:
-    with storage.open_read(shard.url) as file:
+    with open_shard(shard) as file:
         return sum(1 for _ in ShardReader(file, shard, with_images=False).samples())
 
 
@@ -96,8 +97,8 @@ def _poison_shard(
     """The samples that were stamped, and the extensions of the members that were replaced."""
     poisoned, replaced = [], set()
     with (
-        storage.open_read(shard.url) as file,
-        storage.open_read(shard.url) as raw,
+        open_shard(shard) as file,
+        open_shard(shard) as raw,
         storage.atomic_write(storage.join(out, f"{shard.stem}.tar")) as target,
     ):
         reader = ShardReader(file, shard)

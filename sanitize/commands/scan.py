@@ -19,14 +19,15 @@ from sanitize.artifacts.folder_lock import folder_lock
 from sanitize.artifacts.run_record import library_versions
 from sanitize.artifacts.scan_folder import InputShard, Run, ScanFolder, ShardInput, ShardMarker, WrittenFile
 from sanitize.commands.clean import decide_and_split
-from sanitize.config import EncoderSpec, ScanConfig, check
+from sanitize.config import EncoderSpec, ScanConfig
 from sanitize.config_loading import to_mapping
 from sanitize.deciding import CleanResult
-from sanitize.errors import ShardError
+from sanitize.errors import ShardError, check
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 from sanitize.runtime import Resources
 from sanitize.stages.captions import split_member
+from sanitize.stages.precision import computed_in
 from sanitize.stages.prefetch import image_batches
 from sanitize.stages.score_table import Floats, ScoreWriter, rows
 from sanitize.stages.scoring import Scorer
@@ -167,6 +168,7 @@ def _run(config: ScanConfig, caption_member: str, detector: Detector, shards: li
         precision=config.precision,
         shards=inputs,
         versions=library_versions(),
+        computed_in=computed_in(config.precision, runtime.device()),
     )
 
 
@@ -253,7 +255,7 @@ class ScoreTask:
         written = WrittenFile(target.size, target.sha256())
         marker = ShardMarker(
             shard=shard.stem,
-            input=ShardInput(shard.size, reader.sha256, reader.damage, reader.loose),
+            input=ShardInput(reader.size, reader.sha256, reader.damage, reader.loose),
             samples=samples,
             unscored=unscored,
             files={folder.scores_name(shard.stem): written},

@@ -18,6 +18,7 @@ from sanitize.artifacts.scan_folder import (
 )
 from sanitize.errors import RefusedError, ShardError
 from sanitize.hashing import HashingWriter
+from sanitize.paths import AnyPath, path_text
 from sanitize.records import Shard
 from sanitize.stages import score_table
 from sanitize.stages.decision_table import Decisions
@@ -46,13 +47,14 @@ class VerifyResult:
     deleted: tuple[str, ...] = ()
 
 
-def verify(out: str, *, deep: bool = False, repair: bool = False) -> VerifyResult:
+def verify(out: AnyPath, *, deep: bool = False, repair: bool = False) -> VerifyResult:
     """Check hashes of all files named by markers, row counts, that every shard was split as it was decided and by the rule of the
     whole scan, and that clean + quarantine = input, sample for sample.
 
     deep: read the inputs as well and split each once more, into nothing: the tars hold the input's bytes, as the decisions say.
     repair: delete what is damaged; the same `sanitize scan` then does that part again, and only that.
     """
+    out = path_text(out, "out")
     folder = ScanFolder(out)
     run = folder.run()
     with folder_lock(out, "verify --repair") if repair else contextlib.nullcontext():

@@ -15,8 +15,8 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from sanitize.config import check
 from sanitize.detectors.reference_set import ReferenceSet, Score
+from sanitize.errors import check
 from sanitize.stages.encoders import Encoder
 
 _SUSPECT = 2.0  # adjusted outlyingness above which the released code raises the loss

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sanitize.config import check
 from sanitize.detectors.reference_set import ReferenceSet, Score
+from sanitize.errors import check
 from sanitize.stages.encoders import Encoder, embed_in_batches
 
 _GRID = 8  # cells per side

@@ -11,8 +11,8 @@ from sklearn.covariance import ledoit_wolf
 from torch import Tensor
 from torch.nn import functional
 
-from sanitize.config import check
 from sanitize.detectors.reference_set import Embed, ReferenceSet, Score
+from sanitize.errors import check
 from sanitize.stages.encoders import Encoder, embed_in_batches
 
 

@@ -18,8 +18,8 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from torch.nn import functional
 
-from sanitize.config import check
 from sanitize.detectors.reference_set import ReferenceSet, Score
+from sanitize.errors import check
 from sanitize.stages.encoders import Encoder
 
 _FLOOR = 1e-3  # of the reference set's median k-distance

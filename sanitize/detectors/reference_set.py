@@ -9,7 +9,7 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from sanitize.config import check
+from sanitize.errors import check
 
 Embed = Callable[[Tensor], Tensor]  # images (B, 3, S, S) float32 in [0, 1] → embeddings (B, D); every Encoder is one
 Score = Callable[[Tensor, Tensor], Tensor]

@@ -12,6 +12,7 @@ from sanitize.sources.manifest import DELIMITERS, open_manifest
 from sanitize.sources.rows import open_rows
 from sanitize.sources.samples import Source, Wanted
 from sanitize.stages.shards import IMAGE_EXTENSIONS, printable
+from sanitize.stages.unpacking import ENDINGS
 
 STATE = "state.json"  # of Hugging Face's save_to_disk: which .arrow files there are the data set
 KINDS = "a folder of images, Parquet files, a `save_to_disk` folder, or a CSV, TSV or Parquet manifest"
@@ -92,7 +93,7 @@ def _open_by_endings(folder: str, files: Sequence[ListedFile], wanted: Wanted) -
     def ending(*endings: str) -> list[ListedFile]:
         return [file for file in files if file.path.lower().endswith(endings)]
 
-    tars = ending(".tar")
+    tars = ending(*ENDINGS)
     tables = ending(".parquet") or [f for f in ending(".arrow") if not f.path.rsplit("/", 1)[-1].startswith("cache-")]
     images = ending(*(f".{extension}" for extension in IMAGE_EXTENSIONS))
     if tars and not images and not tables:

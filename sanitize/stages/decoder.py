@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sanitize.config import DecoderConfig
+from sanitize.config_models import DecoderConfig
 
 BLOCK_EPSILON = 1e-6  # timm 1.0; fixed here because weights trained with one do not give the same numbers with another
 NORM_EPSILON = 1e-5

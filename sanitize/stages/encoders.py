@@ -14,6 +14,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from sanitize import storage
 from sanitize.config import EncoderSpec
+from sanitize.config_loading import to_mapping
 from sanitize.errors import ConfigError
 from sanitize.stages import clip
 from sanitize.stages.exported import load_exported
@@ -66,7 +67,7 @@ class Encoder(nn.Module):
         if isinstance(self.backbone, ImageTower):
             preprocessing = dataclasses.replace(preprocessing, architecture="hf:")
             digest.update(self.backbone.identity.encode())
-        settings = dataclasses.asdict(preprocessing)
+        settings = to_mapping(preprocessing)
         del settings["tokenizer"]  # the text tower is not part of what is scored
         digest.update(json.dumps(settings, sort_keys=True).encode())
         weights = {} if isinstance(self.backbone, ImageTower) else self.backbone.state_dict()
@@ -142,7 +143,7 @@ def _load_huggingface(folder: str, spec: EncoderSpec) -> nn.Module:
         raise ConfigError(
             f"encoder {spec.architecture}: `weights: {spec.weights}` is not used, they are in the folder. Remove it."
         )
-    return load_image_tower(folder)
+    return load_image_tower(folder, spec.pooling)
 
 
 def _load_clip(spec: EncoderSpec) -> nn.Module:
@@ -184,6 +185,8 @@ def build_backbone(spec: EncoderSpec) -> nn.Module:
     family, _, rest = spec.architecture.partition(":")
     if family == "timm":
         backbone: nn.Module = import_timm(rest).create_model(rest, pretrained=False, num_classes=0)
+        if spec.pooling:
+            _set_pooling(backbone, spec)
         return backbone
     if family == "torchvision":
         return build_torchvision(rest, spec.image_size)
@@ -201,6 +204,27 @@ def build_backbone(spec: EncoderSpec) -> nn.Module:
     model.fc = nn.Identity()
     resnet: nn.Module = model
     return resnet
+
+
+def _set_pooling(backbone: Any, spec: EncoderSpec) -> None:
+    """timm's own way to change it in a built model: the weights keep their names. Raises ConfigError."""
+    try:
+        backbone.reset_classifier(0, global_pool=spec.pooling)
+        size = spec.image_size or own_preprocessing(spec.architecture).image_size
+        with torch.inference_mode():
+            shape = backbone.eval()(torch.zeros(1, 3, size, size)).shape
+    except Exception as error:  # models of timm refuse it in many ways
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ConfigError(_no_pooling(spec, why)) from None
+    if len(shape) != 2:
+        raise ConfigError(_no_pooling(spec, f"it gives embeddings of shape {tuple(shape[1:])}"))
+
+
+def _no_pooling(spec: EncoderSpec, why: str) -> str:
+    return (
+        f"encoder {spec.architecture}: pooling {spec.pooling!r} means nothing to this model ({why}). Use one of timm's global_pool "
+        "(avg, max, avgmax; of vision transformers also token), or remove it from the encoder YAML."
+    )
 
 
 def _set_width(model: torchvision.models.ResNet, block: Any, layers: list[int], width: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sanitize.errors import CheckpointError, ConfigError
-from sanitize.stages.huggingface_families import CLASS_TOKEN, IMAGE_TOWERS, NO_POOLER, TEXT_TOWERS, Family
+from sanitize.stages.huggingface_families import CLASS_TOKEN, IMAGE_TOWERS, NO_POOLER, PATCH_MEAN, TEXT_TOWERS, Family
 from sanitize.stages.huggingface_folder import read_config, read_tensors
 
 _HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.")
@@ -27,17 +27,22 @@ class ImageTower(nn.Module):
     """images (B, 3, S, S), normalised → (B, D). identity: SHA-256 of config and tensors as the folder holds them, so that it
     outlives other names of parameters in another version of transformers."""
 
-    def __init__(self, model: Any, family: Family, identity: str) -> None:
+    def __init__(self, model: Any, family: Family, identity: str, pooling: str = "") -> None:
+        """pooling: one of the family's, "" = its own."""
         super().__init__()
         self.model = model
         self.identity = identity
-        self._output = family.output
+        self._output = {"cls": CLASS_TOKEN, "mean": PATCH_MEAN, "pooler": "pooler_output", "": family.output}[pooling]
+        self._first_patch = family.tokens + int(getattr(model.config, "num_register_tokens", 0) or 0)
 
     def forward(self, images: Tensor) -> Tensor:
         output = self.model(pixel_values=images)
-        embeddings: Tensor = (
-            output.last_hidden_state[:, 0] if self._output == CLASS_TOKEN else getattr(output, self._output)
-        )
+        if self._output == CLASS_TOKEN:
+            embeddings: Tensor = output.last_hidden_state[:, 0]
+        elif self._output == PATCH_MEAN:
+            embeddings = output.last_hidden_state[:, self._first_patch :].mean(dim=1)
+        else:
+            embeddings = getattr(output, self._output)
         return embeddings
 
 
@@ -66,10 +71,15 @@ class TextTower(nn.Module):
 # ---------------------------------------------------------------- loading
 
 
-def load_image_tower(folder: str) -> ImageTower:
+def load_image_tower(folder: str, pooling: str = "") -> ImageTower:
     """Raises CheckpointError or ConfigError in words when the folder cannot be used."""
     config = read_config(folder)
     family = _family(IMAGE_TOWERS, config, folder)
+    if pooling and pooling not in family.poolings:
+        choice = f"Use {', '.join(family.poolings)}" if family.poolings else "It has one embedding only"
+        raise ConfigError(
+            f"{folder}: pooling {pooling!r} means nothing to a {config['model_type']}. {choice}; or remove it from the encoder YAML."
+        )
     tensors = _tower_tensors(folder, family)
     model = _build(config, family, tensors, folder)
     if getattr(model.config, "vision_use_head", True) is False:
@@ -78,7 +88,7 @@ def load_image_tower(folder: str) -> ImageTower:
         if isinstance(token := module._parameters.get("mask_token"), nn.Parameter):
             del module._parameters["mask_token"]
             module.register_buffer("mask_token", token.detach())
-    return ImageTower(model, family, _identity(config, tensors))
+    return ImageTower(model, family, _identity(config, tensors), pooling)
 
 
 def load_text_tower(folder: str) -> TextTower:

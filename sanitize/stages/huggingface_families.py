@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-CLASS_TOKEN = "class token"
+CLASS_TOKEN, PATCH_MEAN = "class token", "mean of the patch tokens"
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,12 @@ class Family:
     whole: str = ""
     prefixes: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    tokens: int = 0  # before those of the patches, registers not counted; 0 = its pooling cannot be chosen
+
+    @property
+    def poolings(self) -> tuple[str, ...]:
+        pooler = ("pooler",) if self.output == "pooler_output" else ()
+        return ("cls", "mean", *pooler) if self.tokens else ()
 
 
 NO_POOLER = {"add_pooling_layer": False}  # of a classifier's checkpoint it would be untrained
@@ -38,11 +44,11 @@ IMAGE_TOWERS = {
     ),
     "siglip": Family("SiglipVisionModel", "pooler_output", "vision_config", "SiglipModel", ("vision_model.",)),
     "siglip_vision_model": Family("SiglipVisionModel", "pooler_output"),
-    "dinov2": Family("Dinov2Model", "pooler_output"),
-    "dinov2_with_registers": Family("Dinov2WithRegistersModel", "pooler_output"),
-    "dinov3_vit": Family("DINOv3ViTModel", "pooler_output"),
-    "vit": Family("ViTModel", CLASS_TOKEN, options=NO_POOLER),
-    "deit": Family("DeiTModel", CLASS_TOKEN, options=NO_POOLER),
+    "dinov2": Family("Dinov2Model", "pooler_output", tokens=1),
+    "dinov2_with_registers": Family("Dinov2WithRegistersModel", "pooler_output", tokens=1),
+    "dinov3_vit": Family("DINOv3ViTModel", "pooler_output", tokens=1),
+    "vit": Family("ViTModel", CLASS_TOKEN, options=NO_POOLER, tokens=1),
+    "deit": Family("DeiTModel", CLASS_TOKEN, options=NO_POOLER, tokens=2),
     "swin": Family("SwinModel", "pooler_output"),
     "convnext": Family("ConvNextModel", "pooler_output"),
     "convnextv2": Family("ConvNextV2Model", "pooler_output"),

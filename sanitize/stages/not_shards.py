@@ -5,25 +5,19 @@ from collections.abc import Sequence
 
 from sanitize.errors import ConfigError
 
-UNPACK = {
-    ".tar.gz": "gunzip -k",
-    ".tgz": "gunzip -k",
-    ".tar.zst": "zstd -d",
-    ".tar.bz2": "bunzip2 -k",
-    ".tar.xz": "unxz -k",
-}
+UNPACK = {".tar.bz2": "bunzip2 -k", ".tar.xz": "unxz -k"}
 DATASETS = {".arrow": "an Arrow dataset", ".parquet": "Parquet", ".csv": "a table", ".tsv": "a table"}
 
 
 def refuse_compressed(paths: Sequence[str], shown: Sequence[str]) -> None:
-    """Raises ConfigError when one of `paths` is a compressed tar without its unpacked .tar. shown: how to name each."""
+    """Raises ConfigError when one of `paths` is a tar compressed as none is read, without its unpacked .tar. shown: how to name each."""
     there = set(paths)
     for path, name in zip(paths, shown, strict=True):
         for ending, command in UNPACK.items():
             if path.endswith(ending) and path.removesuffix(ending) + ".tar" not in there:
                 raise ConfigError(
-                    f"{name}: is compressed, and only plain .tar can be read in parts. Unpack it: {command} {shlex.quote(name)} (and "
-                    "any like it), or make new shards of the original images with `sanitize pack`."
+                    f"{name}: is compressed in a way that is not read; .tar, .tar.gz, .tgz and .tar.zst are. Unpack it: {command} "
+                    f"{shlex.quote(name)} (and any like it), or make new shards of the original images with `sanitize pack`."
                 )
 
 

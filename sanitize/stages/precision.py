@@ -19,6 +19,12 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
+def computed_in(precision: str, device: torch.device) -> str:
+    """In words for a record: "bf16 on cpu"."""
+    name = "bf16" if resolve_precision(precision, device) == torch.bfloat16 else "fp32"
+    return f"{name} on {device.type}"
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """For the forward pass of a model; scores and losses are computed outside it, in fp32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

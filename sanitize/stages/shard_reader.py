@@ -15,7 +15,15 @@ from typing import IO
 from sanitize.errors import ShardError
 from sanitize.records import Member, Sample, Shard
 from sanitize.stages.captions import MAX_CAPTION_BYTES, caption_text, split_member
-from sanitize.stages.shards import BLOCK, IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, is_image, printable, read_block
+from sanitize.stages.shards import (
+    BLOCK,
+    IMAGE_EXTENSIONS,
+    MAX_IMAGE_BYTES,
+    is_image,
+    printable,
+    read_block,
+    tar_size,
+)
 
 MAX_MEMBERS = 1000  # of one sample
 MAX_HEADER = 1 << 20  # a long-name or pax header larger than this is an attack, not a name
@@ -88,6 +96,7 @@ class ShardReader:
         """
         self._file = _SequentialFile(file, shard.url, hashing=with_images)
         self._shard = shard
+        self.size = tar_size(shard, file)
         self._with_images = with_images
         self._image_member = image_member.lower().lstrip(".")
         self._caption_extension, self._caption_field = split_member(caption_member)
@@ -118,29 +127,28 @@ class ShardReader:
                 )
             seen.add(member.key)
             pending = self._extended(Sample(len(seen) - 1, member.key, ()), member)
-        if pending is not None and pending.members[-1].end <= self._shard.size:
+        if pending is not None and pending.members[-1].end <= self.size:
             yield self._finished(pending)
         self.sha256 = self._file.sha256()
-        if (
-            self._with_images and self.bytes_read != self._shard.size
-        ):  # else a cut connection would look like a damaged tail
+        if self._with_images and self._file.tell() != self.size:  # else a cut connection would look like a damaged tail
             raise ShardError(
-                f"{self._shard.url}: {self.bytes_read} bytes were read, its size was {self._shard.size}: the connection was cut, or "
+                f"{self._shard.url}: {self._file.tell()} bytes were read, its size was {self.size}: the connection was cut, or "
                 "the file changed meanwhile. Run the same command again."
             )
 
     @property
     def bytes_read(self) -> int:
-        return self._file.tell()
+        """How far this pass is, in bytes of the shard as it is stored."""
+        return self._file.tell() * self._shard.size // max(self.size, 1)
 
-    def content(self, member: Member) -> bytes:
-        """The bytes of a member of the sample that `samples()` just gave; only of a reader without images."""
+    def content(self, member: Member, limit: int | None = None) -> bytes:
+        """The (first `limit`) bytes of a member of the sample that `samples()` just gave; only of a reader without images."""
         self._file.seek(member.data)
-        return self._file.read_content(member.size)
+        return self._file.read_content(member.size if limit is None else min(member.size, limit))
 
     def _members(self) -> Iterator[Member]:
         """Members in tar order; stops at the first damage and describes it in `self.damage`."""
-        if self._shard.size == 0:
+        if self.size == 0:
             raise ShardError(f"{self._shard.url}: the file is empty (0 bytes). Download or write it again.")
         offset, failure, opened = 0, "", False
         try:
@@ -156,7 +164,7 @@ class ShardReader:
                         "members, so single members cannot be copied. Rewrite the shard without it."
                     )
                 offset = tar.offset
-                if offset <= self._shard.size:
+                if offset <= self.size:
                     self.readable_end = offset
                 yield _member(info, offset)
         except ShardError:
@@ -165,7 +173,7 @@ class ShardReader:
             failure = str(error) or type(error).__name__
         if not opened:
             raise ShardError(
-                f"{self._shard.url}: not a tar archive ({failure}). Compressed archives must be unpacked to plain .tar first."
+                f"{self._shard.url}: not a tar archive ({failure}). If it is compressed, name it so: .tar.gz or .tar.zst."
             )
         self._describe_end(failure)
 
@@ -176,7 +184,7 @@ class ShardReader:
         trailing = self._file.rest_has_content()
         if not proper_end:
             failure = failure or ("truncated header" if len(last) < BLOCK else "bad header checksum")
-            lost = self._shard.size - self.readable_end
+            lost = self.size - self.readable_end
             self.damage = f"damaged after byte {self.readable_end} ({failure}); the last {lost} bytes are unread"
         elif trailing:
             self.damage = f"more data follows the end of the archive at byte {self.readable_end}; it is unread (two tars in one file?)"
@@ -192,9 +200,9 @@ class ShardReader:
                 f"{self._shard.url}: sample {printable(member.key)!r} has two members with extension .{printable(member.extension)}. "
                 "Rewrite the shard so that every file name is unique."
             )
-        if member.extension == self._caption_extension and member.end <= self._shard.size:
+        if member.extension == self._caption_extension and member.end <= self.size:
             sample = self._captioned(sample, member)
-        wanted = self._is_image(member) and member.end <= self._shard.size
+        wanted = self._is_image(member) and member.end <= self.size
         image, status, reason = sample.image, sample.status, sample.reason
         if wanted and any(self._is_image(other) for other in sample.members):
             status, reason = "several_images", "more than one image member; name one with image_member"

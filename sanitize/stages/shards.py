@@ -14,8 +14,10 @@ import fsspec
 from sanitize import storage
 from sanitize.errors import ConfigError, ShardError, StorageError
 from sanitize.hashing import HashingWriter
+from sanitize.paths import AnyPath, path_texts
 from sanitize.records import Shard
 from sanitize.stages.not_shards import refuse_compressed, refuse_data_to_pack
+from sanitize.stages.unpacking import ENDINGS, UnpackedShard, ending_of, is_compressed, unpack
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "tif", "tiff")
 BLOCK = 512
@@ -26,27 +28,34 @@ MAX_IMAGE_BYTES = 1 << 28
 # ---------------------------------------------------------------- listing
 
 
-def list_shards(patterns: Sequence[str], leave_out: str = "") -> list[Shard]:
+def list_shards(patterns: Sequence[AnyPath], leave_out: str = "") -> list[Shard]:
     """Shards named by folders, tar files, globs and braces, local or fsspec URLs; sorted by stem. Sizes come with the listing.
 
     leave_out: the folder this run writes; what an earlier run left there is no input, unless it is named itself.
     Raises ConfigError when something is missing, nothing is found, or two inputs would get the same name.
     """
-    if isinstance(patterns, str):  # a str is a sequence of str: every letter would be looked for
-        raise ConfigError(f"shards: {patterns!r} is one text, a list of paths was expected. Write ({patterns!r},).")
     found: dict[str, Shard] = {}
-    listed = [shard for pattern in patterns for url in _expanded(pattern) for shard in _list_one(url, leave_out)]
+    listed = [
+        shard
+        for pattern in path_texts(patterns, "shards")
+        for url in _expanded(pattern)
+        for shard in _list_one(url, leave_out)
+    ]
     urls = set[str]()
     for shard in listed:
         if shard.url not in urls:  # patterns may overlap; the first one names the shard
             urls.add(shard.url)
             other = found.setdefault(shard.stem, shard)
             if other is not shard:
-                raise ConfigError(
-                    f"{other.url} and {shard.url} would both write {shard.stem}.parquet. "
-                    "Give their common parent folder, so that sub-folders keep them apart, or scan them into two folders."
-                )
+                raise ConfigError(_same_name(other, shard))
     return sorted(found.values(), key=lambda shard: shard.stem)
+
+
+def _same_name(one: Shard, other: Shard) -> str:
+    how = "Give their common parent folder, so that sub-folders keep them apart, or scan them into two folders."
+    if one.url.rsplit("/", 1)[0] == other.url.rsplit("/", 1)[0]:
+        how = "Are they one shard, compressed in two ways? Move one away, or name the other alone."
+    return f"{one.url} and {other.url} would both write {one.stem}.parquet. {how}"
 
 
 def _expanded(pattern: str) -> list[str]:
@@ -71,7 +80,7 @@ def _list_one(url: str, leave_out: str) -> list[Shard]:
         elif fs.exists(inner) or (storage.is_local(url) and Path(inner).is_symlink()):
             root, found = inner.rsplit("/", 1)[0], {inner: {"size": _size(fs, inner)}}
         else:
-            raise ConfigError(f"{url}: no such file or folder. Check the path; a folder means every .tar below it.")
+            raise ConfigError(f"{url}: no such file or folder. Check the path; a folder means every shard below it.")
     written = _written_below(root, protocol, leave_out)
     visible = {
         path: info
@@ -79,28 +88,32 @@ def _list_one(url: str, leave_out: str) -> list[Shard]:
         if not path.rsplit("/", 1)[-1].startswith(".") and not (written and path.startswith(written))
     }
     refuse_compressed(list(visible), [printable(_url(path, protocol)) for path in visible])
-    if not any(path.endswith(".tar") for path in visible):
+    if not any(map(ending_of, visible)):
         urls = [_url(path, protocol) for path in visible]
         refuse_data_to_pack(url, _url(root, protocol), urls, IMAGE_EXTENSIONS)
     sizes = {
         path: int(_size(fs, path) if info["size"] is None else info["size"])  # a web page lists names alone
         for path, info in visible.items()
-        if path.endswith(".tar") or path == inner
+        if path == inner or path.endswith(".tar") or (is_compressed(path) and f"{_stem(path)}.tar" not in visible)
     }
     if not sizes:
         raise ConfigError(
-            f"{url}: no .tar file found. Give a folder with WebDataset shards, or a glob that matches some."
+            f"{url}: no {', '.join(ENDINGS)} found. Give a folder with WebDataset shards, or a glob that matches some."
         )
     if odd := [path for path in sizes if printable(path) != path]:
         raise ConfigError(f"{printable(odd[0])}: its name holds control characters or is not UTF-8. Rename it.")
     return [
         Shard(
             url=_url(path, protocol),
-            stem=path[len(root) :].lstrip("/").removesuffix(".tar"),
+            stem=_stem(path[len(root) :].lstrip("/")),
             size=size,
         )
         for path, size in sizes.items()
     ]
+
+
+def _stem(path: str) -> str:
+    return path.removesuffix(ending_of(path))
 
 
 def _url(path: str, protocol: str) -> str:
@@ -159,9 +172,27 @@ def head_tails(shards: Sequence[Shard]) -> dict[str, str]:
 
 
 def open_shard(shard: Shard) -> IO[bytes]:
-    """Open one shard of a run; one that has gone or cannot be opened fails alone."""
+    """The tar of one shard of a run; one that has gone or cannot be opened or unpacked fails alone."""
+    return unpacked(shard, open_stored(shard))
+
+
+def open_stored(shard: Shard) -> IO[bytes]:
+    """The shard's file as it lies there, compressed or not."""
     with _shard_errors():
         return storage.open_read(shard.url)
+
+
+def unpacked(shard: Shard, stored: IO[bytes]) -> IO[bytes]:
+    """The tar of what `open_stored` gave."""
+    if not is_compressed(shard.url):
+        return stored
+    with stored:
+        return unpack(shard, lambda size: read_block(stored, size, shard.url))
+
+
+def tar_size(shard: Shard, file: IO[bytes]) -> int:
+    """Of what `open_shard` gave, in bytes; `shard.size` is that of the file as it lies there."""
+    return file.unpacked_size if isinstance(file, UnpackedShard) else shard.size
 
 
 def read_block(file: IO[bytes], size: int, url: str) -> bytes:

@@ -17,13 +17,13 @@ from sanitize.errors import ShardError
 from sanitize.hashing import HashingWriter
 from sanitize.records import Shard
 from sanitize.stages.shard_reader import ShardReader
-from sanitize.stages.shards import end_archive, open_shard, printable, read_block
+from sanitize.stages.shards import end_archive, open_shard, printable, read_block, tar_size
 
 
 @dataclass(frozen=True)
 class ScoredShard:
     """A shard as pass 1 read it, which it must still be. keys, image_sha256: of each sample in tar order, "" = no image was read;
-    sha256: of the whole file; damage, loose_members: see ShardReader."""
+    sha256: of the whole tar; damage, loose_members: see ShardReader."""
 
     shard: Shard
     keys: Sequence[str]
@@ -43,7 +43,7 @@ class CopyPlan:
     images: list[tuple[int, int, str]]
 
 
-def _plan(scored: ScoredShard, keep: NDArray[np.bool_]) -> CopyPlan:
+def _plan(scored: ScoredShard, file: IO[bytes], keep: NDArray[np.bool_]) -> CopyPlan:
     """Raises ShardError when the shard does not read as it did in pass 1: the same samples, damage and loose members."""
     plan, shard = CopyPlan([], []), scored.shard
 
@@ -53,23 +53,22 @@ def _plan(scored: ScoredShard, keep: NDArray[np.bool_]) -> CopyPlan:
         plan.ranges.append((start, end, kept))
 
     keys = []
-    with open_shard(shard) as file:
-        reader = ShardReader(file, shard, with_images=False, image_member=scored.image_member)
-        position = 0
-        for sample in reader.samples():
-            keys.append(printable(sample.key))
-            if keys[-1:] != scored.keys[sample.index : sample.index + 1]:
-                raise ShardError(_changed(shard))
-            for member in sample.members:
-                if member.start > position:
-                    add(position, member.start, False)  # loose members
-                add(member.start, member.end, bool(keep[sample.index]))
-                position = member.end
-            image, expected = reader.image_of(sample), scored.image_sha256[sample.index]
-            if image and image.size and expected:
-                plan.images.append((image.data, image.data + image.size, expected))
-        if reader.readable_end > position:
-            add(position, reader.readable_end, False)
+    reader = ShardReader(file, shard, with_images=False, image_member=scored.image_member)
+    position = 0
+    for sample in reader.samples():
+        keys.append(printable(sample.key))
+        if keys[-1:] != scored.keys[sample.index : sample.index + 1]:
+            raise ShardError(_changed(shard))
+        for member in sample.members:
+            if member.start > position:
+                add(position, member.start, False)  # loose members
+            add(member.start, member.end, bool(keep[sample.index]))
+            position = member.end
+        image, expected = reader.image_of(sample), scored.image_sha256[sample.index]
+        if image and image.size and expected:
+            plan.images.append((image.data, image.data + image.size, expected))
+    if reader.readable_end > position:
+        add(position, reader.readable_end, False)
     if keys != scored.keys or (reader.damage, reader.loose) != (scored.damage, scored.loose_members):
         raise ShardError(_changed(shard))
     return plan
@@ -85,10 +84,12 @@ def split_shard(
     Returns the parts that were written; an empty one is not. The whole input and every scored image are hashed on the way: what is
     kept is what was scored, byte for byte. Raises ShardError when the shard is no longer what was scored.
     """
-    plan, shard = _plan(scored, keep), scored.shard
-    digest, images = hashlib.sha256(), _ImageHashes(shard, plan.images)
+    shard, digest = scored.shard, hashlib.sha256()
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open_shard(shard))
+        plan = _plan(scored, file, keep)
+        images = _ImageHashes(shard, plan.images)
+        file.seek(0)
         parts = {part: stack.enter_context(open_part(part)) for part in sorted({kept for _, _, kept in plan.ranges})}
         position = 0
         for start, end, kept in plan.ranges:
@@ -99,7 +100,7 @@ def split_shard(
                 images.update(data)
                 parts[kept].write(data)
             position = end
-        for data in _blocks(file, shard, shard.size - position + 1):
+        for data in _blocks(file, shard, tar_size(shard, file) - position + 1):
             digest.update(data)
         if digest.hexdigest() != scored.sha256:
             raise ShardError(_changed(shard))

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from sanitize import runtime, storage
-from sanitize.config import FitConfig, PredictionConfig
+from sanitize.config import FitConfig
+from sanitize.config_models import PredictionConfig
 from sanitize.errors import ConfigError
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard

@@ -15,7 +15,7 @@ from sanitize.errors import ConfigError
 from sanitize.records import Member, Sample, Shard
 from sanitize.stages.captions import split_member
 from sanitize.stages.shard_reader import ShardReader
-from sanitize.stages.shards import open_shard, printable, read_block
+from sanitize.stages.shards import open_shard, printable
 from sanitize.training.labels import MAX_LABEL_BYTES, label_of, split_label_member
 
 MAX_CLASSES = 100_000  # unless they are named: one odd label must not fill the memory
@@ -86,7 +86,7 @@ def index_shard(
     caption_extension, _ = split_member(caption_member)
     rows: list[tuple[int, ...]] = []
     unusable: Counter[str] = Counter()
-    with open_shard(shard) as file, open_shard(shard) as contents:
+    with open_shard(shard) as file:
         reader = ShardReader(file, shard, with_images=False, image_member=image_member)
         for sample in reader.samples():
             image, caption = reader.image_of(sample), _member(sample, caption_extension)
@@ -99,10 +99,7 @@ def index_shard(
             label = -1
             if label_extension:
                 member = _member(sample, label_extension)
-                data = None
-                if member is not None:
-                    contents.seek(member.data)
-                    data = read_block(contents, min(member.size, MAX_LABEL_BYTES + 1), shard.url)
+                data = reader.content(member, MAX_LABEL_BYTES + 1) if member else None
                 label = _label(shard, sample, data, label_member, label_field)
             span = (caption.data, caption.size) if caption else (0, 0)
             rows.append((sample.index, image.data, image.size, *span, label))

@@ -26,8 +26,9 @@ from sanitize.commands.fit import fit
 from sanitize.commands.pack import pack
 from sanitize.commands.scan import scan
 from sanitize.commands.verify import verify
-from sanitize.config import DecoderConfig, FitConfig, ScanConfig, ThresholdPolicy, TrainingConfig
+from sanitize.config import FitConfig, ScanConfig, ThresholdPolicy, TrainingConfig
 from sanitize.config_loading import load_encoder_spec
+from sanitize.config_models import DecoderConfig
 from sanitize.errors import SanitizeError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from sanitize.config import check
+from sanitize.errors import check
 
 
 @dataclass(frozen=True)

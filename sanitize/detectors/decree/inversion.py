@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sanitize.config import check
 from sanitize.detectors.decree.config import DecreeConfig
-from sanitize.errors import CheckpointError
+from sanitize.errors import CheckpointError, check
 from sanitize.stages.encoders import device_of, embed_in_batches
 
 CONVENTION = "l1 = sum of the mask over 3 channels; p_l1 = l1 / (3 H W); pixels = l1 / 3"
