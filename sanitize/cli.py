@@ -20,7 +20,7 @@ from sanitize.cli_options import (
     take_policy,
 )
 from sanitize.cli_output import EXIT_CODES, Command, quiet_option, tell
-from sanitize.config import MODES, PRECISIONS, FinetuneConfig, FitConfig, ScanConfig, ThresholdPolicy
+from sanitize.config import MODES, PRECISIONS, SCORERS, FinetuneConfig, FitConfig, ScanConfig, ThresholdPolicy
 from sanitize.config_loading import from_mapping, overlay, to_mapping
 from sanitize.errors import ConfigError
 from sanitize.presets import FIT_PRESETS, preset
@@ -57,7 +57,11 @@ def main() -> None:
     help="default: low-resolution decoder; paper: as published [default: default]",
 )
 @click.option(
-    "--reference", help="YAML of an encoder its maker does not control, best the ancestor; predicts embeddings"
+    "--scorer", type=click.Choice(SCORERS), help="What the score is: docs/default_score.md [default: reaction]"
+)
+@click.option(
+    "--reference",
+    help="evidence: YAML of an encoder its maker does not control, best the ancestor; predicts embeddings",
 )
 @click.option("--limit", type=int, help="Use at most this many auxiliary images")
 @click.option("--seed", type=int)
@@ -98,7 +102,8 @@ def fit(
 @click.option("--caption-member", help="txt or json:<field>; needs a CLIP with a tokenizer [default then: txt]")
 @click.option(
     "--effort",
-    help="fast: perturb the undecided, 7.5 % of clean images; thorough: every image; 0.05: that share [default: fast]",
+    help="thorough: perturb every image; fast: the most suspicious fifth; 0.05: that share "
+    "[default: thorough; of the scorer evidence 0.075]",
 )
 @click.option("--precision", type=click.Choice(PRECISIONS), help="[default: auto]")
 @click.option("--limit", type=int, help="Only the first so many shards: a trial, into an --out of its own")

@@ -116,7 +116,7 @@ class FitConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     prediction: PredictionConfig = field(default_factory=PredictionConfig)
     reference: EncoderSpec | None = None
-    scorer: str = "evidence"
+    scorer: str = "reaction"
     test_mask_ratio: float = 1.0
     seed: int = 21
     image_member: str = ""
@@ -135,8 +135,8 @@ class FitConfig:
         check(self.limit >= 0 and self.batch_size >= 1, "limit must be >= 0 and batch_size >= 1.")
         check(
             self.reference is None or (self.scorer == "evidence" and self.prediction.views > 0),
-            f"reference: scorer {self.scorer} with prediction.views {self.prediction.views} asks no reference encoder. Leave it out, "
-            "or use scorer evidence and prediction.views of at least 1.",
+            f"reference: scorer {self.scorer} with prediction.views {self.prediction.views} asks no reference encoder. Use "
+            "--scorer evidence and prediction.views of at least 1, or leave it out.",
         )
 
 
@@ -169,7 +169,7 @@ class ThresholdPolicy:
         )
 
 
-EFFORTS = {"fast": 0.075, "thorough": 1.0}  # fast: 1 + 4 x 0.075 = 1.3 encoder passes an image
+EFFORTS = {"fast": 0.2, "thorough": 1.0}
 
 
 def perturbed_share(effort: str) -> float:
@@ -190,7 +190,9 @@ class ScanConfig:
     out: PathField = default("scanned")
     encoder: EncoderSpec | None = None  # default: the one the detector names
     policy: ThresholdPolicy = field(default_factory=ThresholdPolicy)
-    effort: str = "fast"  # of the scorers evidence and reaction: see `perturbed_share`
+    effort: str = (
+        ""  # see `perturbed_share`; default: thorough of the scorer reaction, 0.075 of evidence (1.3 encoder passes)
+    )
     scores_only: bool = False
     force: bool = False
     limit: int = 0  # scan only the first so many shards; 0 = all
@@ -209,7 +211,8 @@ class ScanConfig:
         check_out(self.out)
         check(self.batch_size >= 1, f"batch_size: {self.batch_size} is not at least 1.")
         check(self.limit >= 0, f"limit: {self.limit} shards; give 0 (all) or more.")
-        perturbed_share(self.effort)
+        if self.effort:
+            perturbed_share(self.effort)
         check_precision(self.precision)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sanitize import config
-from sanitize.artifacts.detector_folder import Description, FitSummary
+from sanitize.artifacts.detector_description import Description, FitSummary
 from sanitize.artifacts.head_folder import HeadDescription
 from sanitize.artifacts.scan_folder import Run, ShardMarker, Summary
 from sanitize.artifacts.truth import PoisonTruth

@@ -12,7 +12,6 @@ import torch
 from builders import (
     decision_table,
     encoded,
-    fit_config,
     image_members,
     random_image,
     tree_bytes,
@@ -22,7 +21,6 @@ from builders import (
 
 from sanitize.commands.audit import audit
 from sanitize.commands.clean import clean
-from sanitize.commands.fit import fit
 from sanitize.commands.scan import scan
 from sanitize.config import ThresholdPolicy
 from sanitize.errors import RefusedError
@@ -78,18 +76,10 @@ def shifted(tmp_path_factory):
     return write_noisy(tmp_path_factory.mktemp("shifted"), 3)
 
 
-@pytest.fixture(scope="module")
-def detector(tmp_path_factory, aux_shards, encoder_spec):
-    """Of the scorer whose statistics are adapted."""
-    out = tmp_path_factory.mktemp("detector") / "detector"
-    fit(fit_config(aux_shards, encoder_spec, out, scorer="reaction"))
-    return out
-
-
 @pytest.fixture
 def scanned(shifted, scan_config):
     def make(shards=shifted, out="scanned", **changes):
-        return scan(scan_config(shards, out, batch_size=64, **({"effort": "thorough"} | changes)))
+        return scan(scan_config(shards, out, batch_size=64, **changes))
 
     return make
 

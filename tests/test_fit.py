@@ -39,7 +39,7 @@ def test_calibration_scores_are_what_a_scan_gives_the_same_images(detector, aux_
     """One path for fit and scan; cached pixels are float16, which allows a relative difference of 1e-3."""
     from sanitize.commands.scan import scan
 
-    scan(scan_config(aux_shards, scores_only=True, effort="thorough"))
+    scan(scan_config(aux_shards, scores_only=True))
     tables = [pq.read_table(path) for path in (tmp_path / "scanned" / "scores").glob("*.parquet")]
     scanned = np.sort(np.concatenate([t.column("score").to_numpy() for t in tables]))
     calibration = detector_folder.load_detector(str(detector)).calibration("thorough")

@@ -63,13 +63,6 @@ def test_reactions_are_the_logarithm_of_the_cosine_change():
 # ---------------------------------------------------------------- effort
 
 
-@pytest.fixture(scope="module")
-def detector(tmp_path_factory, aux_shards, encoder_spec):
-    out = tmp_path_factory.mktemp("detector") / "detector"
-    fit(fit_config(aux_shards, encoder_spec, out, scorer="reaction"))
-    return out
-
-
 def test_fast_looks_twice_only_at_the_most_suspicious(detector, shards, scan_config, tmp_path):
     for effort in ("fast", "thorough"):
         scan(scan_config(shards, effort, effort=effort, scores_only=True))
@@ -91,12 +84,12 @@ def test_fast_looks_twice_only_at_the_most_suspicious(detector, shards, scan_con
         else:
             assert quick["score"] == pytest.approx(look - prescreen_threshold, abs=1e-4)
             assert quick["score"] <= 0 <= careful["score"]
-            assert quick["p_value"] > 0.05  # 7.5 % of the calibration images pass the gate
+            assert quick["p_value"] > 0.15  # a fifth of the calibration images pass the gate
 
 
 def test_the_null_distribution_belongs_to_the_effort(detector):
     found = detector_folder.load_detector(str(detector))
-    for effort, share in (("thorough", 1.0), ("fast", 0.075), ("0.5", 0.5), ("1", 1.0)):
+    for effort, share in (("thorough", 1.0), ("fast", 0.2), ("0.5", 0.5), ("1", 1.0)):
         scores = found.calibration(effort)
         assert len(scores) == len(found.scores)
         assert np.mean(scores >= 0) == pytest.approx(share, abs=0.02)

@@ -37,6 +37,10 @@ from sanitize.training.prediction import fit_ridge
 TRAINING = TrainingConfig(epochs=1, batch_size=64, precision="fp32", calibration_fraction=0.2)
 
 
+def evidence_config(*arguments, **changes):
+    return fit_config(*arguments, **({"scorer": "evidence"} | changes))
+
+
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> Path:
     return write_shards(tmp_path_factory.mktemp("many"), [280, 260], first_seed=20_000)
@@ -50,7 +54,7 @@ def ancestor(tmp_path_factory):
 @pytest.fixture(scope="module")
 def with_student(tmp_path_factory, many, encoder_spec) -> str:
     out = tmp_path_factory.mktemp("student") / "detector"
-    fit(fit_config(many, encoder_spec, out, training=TRAINING, prediction=PredictionConfig(views=3, epochs=6)))
+    fit(evidence_config(many, encoder_spec, out, training=TRAINING, prediction=PredictionConfig(views=3, epochs=6)))
     return str(out)
 
 
@@ -58,7 +62,9 @@ def with_student(tmp_path_factory, many, encoder_spec) -> str:
 def with_reference(tmp_path_factory, many, encoder_spec, ancestor) -> str:
     out = tmp_path_factory.mktemp("reference") / "detector"
     fit(
-        fit_config(many, encoder_spec, out, training=TRAINING, reference=ancestor, prediction=PredictionConfig(views=3))
+        evidence_config(
+            many, encoder_spec, out, training=TRAINING, reference=ancestor, prediction=PredictionConfig(views=3)
+        )
     )
     return str(out)
 
@@ -193,19 +199,21 @@ def test_scores_do_not_depend_on_batches_nor_on_how_the_scan_is_cut(with_student
 
 def test_a_fit_gives_the_same_predictor_whatever_the_batches(many, encoder_spec, with_student, tmp_path):
     settings = {"training": TRAINING, "prediction": PredictionConfig(views=3, epochs=6), "batch_size": 37}
-    again = fit(fit_config(many, encoder_spec, tmp_path / "again", **settings))
+    again = fit(evidence_config(many, encoder_spec, tmp_path / "again", **settings))
     assert again.summary.prediction_explained == pytest.approx(
         load_detector(with_student).summary.prediction_explained, abs=0.02
     )
 
 
 def test_without_views_nothing_is_predicted(many, encoder_spec, tmp_path):
-    found = fit(fit_config(many, encoder_spec, tmp_path / "d", training=TRAINING, prediction=PredictionConfig(views=0)))
+    found = fit(
+        evidence_config(many, encoder_spec, tmp_path / "d", training=TRAINING, prediction=PredictionConfig(views=0))
+    )
     assert found.predictor is None and found.summary.prediction_explained is None
 
 
 def test_too_few_auxiliary_images_are_said_and_how_many_it_takes(aux_shards, encoder_spec, tmp_path, caplog):
-    found = fit(fit_config(aux_shards, encoder_spec, tmp_path / "d", training=TRAINING))
+    found = fit(evidence_config(aux_shards, encoder_spec, tmp_path / "d", training=TRAINING))
     assert found.predictor is None
     assert "no prediction: 240 auxiliary images leave" in caplog.text
     assert "to judge a predictor by, 50 are needed. Give about 344 images" in caplog.text
@@ -213,7 +221,7 @@ def test_too_few_auxiliary_images_are_said_and_how_many_it_takes(aux_shards, enc
 
 def test_a_predictor_that_explains_nothing_is_left_out_and_says_what_helps(many, encoder_spec, tmp_path, caplog):
     nothing = PredictionConfig(views=1, epochs=1, learning_rate=1e-12)
-    found = fit(fit_config(many, encoder_spec, tmp_path / "d", training=TRAINING, prediction=nothing))
+    found = fit(evidence_config(many, encoder_spec, tmp_path / "d", training=TRAINING, prediction=nothing))
     assert found.predictor is None and found.summary.prediction_explained < 0.05
     assert "no prediction: what was learnt explains" in caplog.text
     assert "Give --reference, best the encoder this one was fine-tuned from" in caplog.text
@@ -227,7 +235,7 @@ def test_a_suspect_does_not_vouch_for_itself(many, encoder_spec, tmp_path):
         ConfigError,
         match=r"copy\.safetensors: is the encoder under test itself, which would vouch for itself\. Give one",
     ):
-        fit(fit_config(many, encoder_spec, tmp_path / "d", reference=itself))
+        fit(evidence_config(many, encoder_spec, tmp_path / "d", reference=itself))
 
 
 def test_a_reference_that_sees_other_images_is_refused(many, encoder_spec, ancestor, tmp_path):
@@ -236,12 +244,13 @@ def test_a_reference_that_sees_other_images_is_refused(many, encoder_spec, ances
         ConfigError,
         match=r"sees images of 32 pixels, the encoder under test 16\. Set `image_size: 16` in the reference",
     ):
-        fit(fit_config(many, encoder_spec, tmp_path / "d", reference=larger))
+        fit(evidence_config(many, encoder_spec, tmp_path / "d", reference=larger))
 
 
 def test_a_reference_that_nothing_asks_is_refused(encoder_spec, ancestor):
     with pytest.raises(
-        ConfigError, match="reference: scorer paper with prediction.views 5 asks no reference encoder. Leave it out"
+        ConfigError,
+        match="reference: scorer paper with prediction.views 5 asks no reference encoder. Use --scorer evidence",
     ):
         FitConfig(("aux",), encoder_spec, scorer="paper", reference=ancestor)
 

@@ -15,12 +15,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sanitize import storage
-from sanitize.artifacts.predictor_tensors import PredictorShape, filled_predictor, named_tensors, shape_of
+from sanitize.artifacts.detector_description import Description, FitSummary
+from sanitize.artifacts.predictor_tensors import (
+    departures_of,
+    filled_predictor,
+    named_tensors,
+    shape_of,
+)
 from sanitize.artifacts.run_record import library_versions
-from sanitize.config import SCORERS, EncoderSpec, perturbed_share
+from sanitize.config import EncoderSpec, perturbed_share
 from sanitize.config_loading import from_mapping, to_mapping
-from sanitize.config_models import DecoderConfig
-from sanitize.errors import CheckpointError, check
+from sanitize.errors import CheckpointError
 from sanitize.parquet import read_table
 from sanitize.stages.agreement import IMAGE_HASH, NONE, RESIDUALS, Departures
 from sanitize.stages.clean_reference import CleanReference
@@ -39,48 +44,6 @@ DESCRIPTION, WEIGHTS, CALIBRATION = "detector.json", "decoder.safetensors", "cal
 _REFERENCE_TENSORS = {"clean.centre": "centre", "clean.precision": "precision", "clean.bank": "clean_embeddings"}
 _CALIBRATION_COLUMNS = {"score": "scores", "first_look": "prescreen_scores"}
 Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class FitSummary:
-    """Training and calibration in numbers, for people. calibration_score_quantiles: quantile as text → score.
-
-    prediction_explained: R² of the predictor on images it never saw; null without one. A low one is worth little weight in the score.
-    """
-
-    training_images: int
-    calibration_images: int
-    epochs: int
-    loss_by_epoch: tuple[float, ...]
-    calibration_score_quantiles: dict[str, float]
-    prediction_explained: float | None = None
-
-
-@dataclass(frozen=True)
-class Description:
-    """detector.json. sha256: of the other files."""
-
-    format_version: int
-    decode_path: str
-    encoder: EncoderSpec
-    encoder_fingerprint: str
-    decoder: DecoderConfig
-    embedding_size: int
-    scorer: str
-    mask_ratio: float
-    seed: int
-    summary: FitSummary
-    versions: dict[str, str]
-    sha256: dict[str, str]
-    predictor: PredictorShape | None = None
-    reference: EncoderSpec | None = None
-    reference_fingerprint: str = ""
-
-    def __post_init__(self) -> None:
-        check(self.scorer in SCORERS, f"scorer: {self.scorer!r} is not one of {', '.join(SCORERS)}.")
-        check(0 <= self.mask_ratio <= 1, f"mask_ratio: {self.mask_ratio} is not between 0 and 1.")
-        check(0 < self.embedding_size < 1 << 20, f"embedding_size: {self.embedding_size} is not between 1 and 2^20.")
-        check(0 <= self.seed < 1 << 63, f"seed: {self.seed} is not between 0 and 2^63.")
 
 
 @dataclass(frozen=True)
@@ -109,6 +72,11 @@ class Detector:
     evidence: Mapping[str, Floats] = field(default_factory=dict)
     departures: Departures = NONE
     fingerprint: str = ""  # of the folder; known after save or load
+
+    @property
+    def default_effort(self) -> str:
+        """`evidence`: 1 + 4 x 0.075 = 1.3 encoder passes an image; the others as much as they use."""
+        return "0.075" if self.evidence else "thorough"
 
     def undecided(self, effort: str) -> tuple[float, float]:
         """Lowest and highest score of the one pass with which `effort` perturbs an image. The lowest: the quantile that its share of clean
@@ -213,7 +181,7 @@ def load_detector(folder: str) -> Detector:
             predictor=filled_predictor(shape, description.embedding_size, tensors) if shape else None,
             reference=description.reference,
             reference_fingerprint=description.reference_fingerprint,
-            departures=_departures(table),
+            departures=departures_of(table),
             evidence={kind: table.column(kind).to_numpy() for kind in KINDS if kind in table.column_names},
             fingerprint=storage.file_sha256(path),
             **columns,
@@ -241,12 +209,6 @@ def _decoder(description: Description, tensors: dict[str, Tensor]) -> Decoder:
 def _clean_reference(tensors: dict[str, Tensor]) -> CleanReference | None:
     found = {ours: tensors[theirs] for theirs, ours in _REFERENCE_TENSORS.items() if theirs in tensors}
     return CleanReference(**found) if found else None
-
-
-def _departures(calibration: pa.Table) -> Departures:
-    if RESIDUALS not in calibration.column_names:
-        return NONE
-    return Departures.from_bytes(*(calibration.column(name).to_pylist() for name in (RESIDUALS, IMAGE_HASH)))
 
 
 def _require_usable(detector: Detector, description: Description) -> None:

@@ -4,10 +4,12 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from sanitize.errors import check
+from sanitize.stages.agreement import IMAGE_HASH, NONE, RESIDUALS, Departures
 from sanitize.stages.prediction import Departure, LinearEye, PredictionTarget, Predictor, Student
 
 PREFIX = "predictor."  # of the names of its tensors
@@ -74,3 +76,10 @@ def _empty_predictor(shape: PredictorShape, embedding_size: int) -> Predictor:
     square = torch.empty(outputs, outputs)
     departure = Departure(torch.empty(outputs), square, torch.empty(outputs), square)
     return Predictor(eye, target, departure, shape.explained, shape.eye_size)
+
+
+def departures_of(calibration: pa.Table) -> Departures:
+    """Of the calibration images, from calibration.parquet."""
+    if RESIDUALS not in calibration.column_names:
+        return NONE
+    return Departures.from_bytes(*(calibration.column(name).to_pylist() for name in (RESIDUALS, IMAGE_HASH)))

@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from sanitize import plots, runtime, storage, workers
 from sanitize.artifacts import run_record
-from sanitize.artifacts.detector_folder import DESCRIPTION, Detector, FitSummary, load_detector, save_detector
+from sanitize.artifacts.detector_description import FitSummary
+from sanitize.artifacts.detector_folder import DESCRIPTION, Detector, load_detector, save_detector
 from sanitize.artifacts.folder_lock import folder_lock
 from sanitize.config import FitConfig, ThresholdPolicy
 from sanitize.config_loading import to_mapping, with_absolute_paths

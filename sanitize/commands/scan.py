@@ -9,12 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sanitize import runtime, storage, workers
-from sanitize.artifacts.detector_folder import (
-    Detector,
-    load_detector,
-    load_matching_encoder,
-    make_scorer,
-)
+from sanitize.artifacts.detector_folder import Detector, load_detector, load_matching_encoder, make_scorer
 from sanitize.artifacts.folder_lock import folder_lock
 from sanitize.artifacts.run_record import library_versions
 from sanitize.artifacts.scan_folder import InputShard, Run, ScanFolder, ShardInput, ShardMarker, WrittenFile
@@ -83,6 +78,7 @@ class _Prepared:
     shards: list[Shard]
     detector: Detector
     caption_member: str
+    effort: str
     threshold: float | None
     resources: Resources
 
@@ -92,15 +88,15 @@ def _prepare(config: ScanConfig) -> _Prepared:
     refuse_to_overwrite(shards, ScanFolder(config.out).tars)
     detector = load_detector(config.detector)
     encoder = load_matching_encoder(detector, config.encoder)  # fail here, not in a worker
-    threshold = None
+    threshold, effort = None, config.effort or detector.default_effort
     if not config.scores_only and config.policy.policy == "calibrated":
         # are there enough calibration scores for this rate?
-        calibration = detector.calibration(config.effort)
+        calibration = detector.calibration(effort)
         threshold = threshold_for(calibration, calibration, config.policy)
     resources = runtime.plan(
         config.workers, config.cpus_per_worker, config.gpus_per_worker, len(shards), config.address
     )
-    return _Prepared(shards, detector, _caption_member(config, encoder.spec), threshold, resources)
+    return _Prepared(shards, detector, _caption_member(config, encoder.spec), effort, threshold, resources)
 
 
 def plan_scan(config: ScanConfig) -> ScanPlan:
@@ -123,10 +119,10 @@ def plan_scan(config: ScanConfig) -> ScanPlan:
 def scan(config: ScanConfig) -> ScanResult:
     """Score all shards, then split them by the policy unless `scores_only`."""
     folder, prepared = ScanFolder(config.out), _prepare(config)
-    shards, resources, caption_member = prepared.shards, prepared.resources, prepared.caption_member
+    resources = prepared.resources
     with folder_lock(config.out, "scan"), runtime.session_for(resources, config.address):
-        folder.claim(_run(config, caption_member, prepared.detector, shards), config.append)
-        failed = _score(config, caption_member, folder, shards, resources)
+        folder.claim(_run(config, prepared), config.append)
+        failed = _score(config, prepared, folder)
         markers, cleaned = folder.markers(sorted(folder.run().shards)), None
         if markers and not config.scores_only:
             policy, force, address = config.policy, config.force, config.address
@@ -155,7 +151,8 @@ def _caption_member(config: ScanConfig, spec: EncoderSpec) -> str:
     return config.caption_member or "txt"
 
 
-def _run(config: ScanConfig, caption_member: str, detector: Detector, shards: list[Shard]) -> Run:
+def _run(config: ScanConfig, prepared: _Prepared) -> Run:
+    shards, detector = prepared.shards, prepared.detector
     hashes = head_tails(shards)
     inputs = {shard.stem: InputShard(shard.url, shard.size, hashes[shard.stem]) for shard in shards}
     return Run(
@@ -163,8 +160,8 @@ def _run(config: ScanConfig, caption_member: str, detector: Detector, shards: li
         detector_fingerprint=detector.fingerprint,
         encoder=to_mapping(config.encoder or detector.encoder),
         image_member=config.image_member,
-        caption_member=caption_member,
-        effort=config.effort,
+        caption_member=prepared.caption_member,
+        effort=prepared.effort,
         precision=config.precision,
         shards=inputs,
         versions=library_versions(),
@@ -175,10 +172,9 @@ def _run(config: ScanConfig, caption_member: str, detector: Detector, shards: li
 # ---------------------------------------------------------------- scoring
 
 
-def _score(
-    config: ScanConfig, caption_member: str, folder: ScanFolder, shards: list[Shard], resources: Resources
-) -> list[str]:
+def _score(config: ScanConfig, prepared: _Prepared, folder: ScanFolder) -> list[str]:
     """Pass 1 of the shards that have none yet; returns what failed."""
+    shards = prepared.shards
     task = ScoreTask(
         detector=storage.absolute(config.detector),
         encoder=config.encoder,
@@ -186,8 +182,8 @@ def _score(
         batch_size=config.batch_size,
         precision=config.precision,
         image_member=config.image_member,
-        caption_member=caption_member,
-        effort=config.effort,
+        caption_member=prepared.caption_member,
+        effort=prepared.effort,
         flag_p=config.policy.fpr,
     )
     scored = folder.scored()
@@ -197,7 +193,7 @@ def _score(
     if len(todo) < len(shards):
         log.info("%d of %d shards were scored before", len(shards) - len(todo), len(shards))
     with ProgressDisplay("scan", len(todo), sum(s.size for s in todo)) as display:
-        outcomes = workers.map_shards(task, todo, resources, display, config.address)
+        outcomes = workers.map_shards(task, todo, prepared.resources, display, config.address)
         return [outcome.error for outcome in outcomes if outcome.error]
 
 
