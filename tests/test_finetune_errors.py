@@ -18,7 +18,7 @@ def test_an_empty_clean_set_says_so(finetune_config, tmp_path):
     with pytest.raises(ConfigError, match=r"shards: no usable sample in 1 shard.*Did cleaning remove everything"):
         finetune(finetune_config(shards=(str(tmp_path / "in"),)))
     (tmp_path / "none").mkdir()
-    with pytest.raises(ConfigError, match=r"none: no \.tar file found"):
+    with pytest.raises(ConfigError, match=r"none: no \.tar, \.tar\.gz, \.tgz, \.tar\.zst found"):
         finetune(finetune_config(shards=(str(tmp_path / "none"),)))
 
 
