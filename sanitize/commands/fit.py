@@ -7,6 +7,7 @@ calibrate.
 import dataclasses
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +38,7 @@ from sanitize.training import split
 from sanitize.training.calibration import StatisticsTask, measure_statistics, rows_of
 from sanitize.training.decoder import Auxiliary, TrainingState, train_decoder
 from sanitize.training.embedding_cache import EmbedTask, load_embeddings
-from sanitize.training.prediction import NO_PREDICTION, Prediction, learn_to_predict, require_independent
+from sanitize.training.prediction import NO_PREDICTION, Prediction, learn_to_predict, reference_fingerprint
 
 log = logging.getLogger(__name__)
 REFERENCE_IMAGES = (
@@ -57,11 +58,9 @@ def fit(config: FitConfig) -> Detector:
     fingerprint = encoder.fingerprint()
     if config.reference:
         config = dataclasses.replace(config, reference=complete_spec(config.reference))
-        require_independent(config, fingerprint)
+    identity = _identity(config, fingerprint, shards)
     with folder_lock(config.out, "fit"):
-        run_record.claim_folder(
-            config.out, "fit.json", _identity(config, fingerprint, shards), "a fit", inputs=("inputs",)
-        )
+        run_record.claim_folder(config.out, "fit.json", identity, "a fit", inputs=("inputs",))
         if storage.exists(storage.join(config.out, DESCRIPTION)):
             log.info("%s holds this detector already", config.out)
             run_record.remove_scaffolding(config.out)
@@ -86,7 +85,7 @@ def fit(config: FitConfig) -> Detector:
                 calibrated = _combine(calibrated, prediction)
         _require_finite(calibrated.scores)
         detector = _detector(
-            config, fingerprint, state, scorer.references, reference, calibrated, prediction, len(training.hashes)
+            config, identity, state, scorer.references, reference, calibrated, prediction, len(training.hashes)
         )
         image = storage.join(config.out, "reconstructions.png")
         plots.write_reconstructions(image, held_out.images, reconstructions, scores)
@@ -99,7 +98,11 @@ def fit(config: FitConfig) -> Detector:
 def _identity(config: FitConfig, fingerprint: str, shards: list[Shard]) -> dict[str, Any]:
     """What makes this fit this fit: settings, encoder and inputs."""
     settings = {name: value for name, value in to_mapping(config).items() if name not in PLACEMENT}
-    return settings | {"encoder_fingerprint": fingerprint, "inputs": head_tails(shards)}
+    fingerprints = {
+        "encoder_fingerprint": fingerprint,
+        "reference_fingerprint": reference_fingerprint(config, fingerprint),
+    }
+    return settings | fingerprints | {"inputs": head_tails(shards)}
 
 
 # ---------------------------------------------------------------- embedding
@@ -258,7 +261,7 @@ def _require_finite(scores: Floats) -> None:
 
 def _detector(
     config: FitConfig,
-    fingerprint: str,
+    identity: Mapping[str, Any],
     state: TrainingState,
     references: References,
     reference: CleanReference | None,
@@ -277,7 +280,7 @@ def _detector(
     )
     return Detector(
         encoder=with_absolute_paths(config.encoder),
-        encoder_fingerprint=fingerprint,
+        encoder_fingerprint=identity["encoder_fingerprint"],
         decoder=state.decoder.cpu(),
         references=references.to(torch.device("cpu")),
         clean_reference=reference,
@@ -289,7 +292,7 @@ def _detector(
         summary=summary,
         predictor=prediction.predictor,
         reference=with_absolute_paths(config.reference) if config.reference and prediction.predictor else None,
-        reference_fingerprint=prediction.reference_fingerprint,
+        reference_fingerprint=identity["reference_fingerprint"] if prediction.predictor else "",
         evidence=calibrated.evidence,
         departures=prediction.departures,
     )

@@ -48,18 +48,21 @@ class Prediction:
     energy: Floats
     departures: Departures
     explained: float | None
-    reference_fingerprint: str = ""
 
 
 _NOTHING = np.empty(0, np.float32)
 NO_PREDICTION = Prediction(None, _NOTHING, NONE, None)
 
 
-def require_independent(config: FitConfig, fingerprint: str) -> None:
-    """Raises ConfigError for a reference encoder that is the suspect itself, or sees other images. fingerprint: of the suspect."""
-    assert config.reference
-    name = config.reference.weights or config.reference.architecture
-    if load_encoder(config.reference).fingerprint() == fingerprint:
+def reference_fingerprint(config: FitConfig, fingerprint: str) -> str:
+    """Of the reference encoder, "" without one. fingerprint: of the suspect. Raises ConfigError when both are one, or see other images."""
+    if config.reference is None:
+        return ""
+    name, found = (
+        config.reference.weights or config.reference.architecture,
+        load_encoder(config.reference).fingerprint(),
+    )
+    if found == fingerprint:
         raise ConfigError(
             f"reference {name}: is the encoder under test itself, which would vouch for itself. Give one that its maker does not "
             "control, best the public encoder it was fine-tuned from, or leave --reference out."
@@ -69,6 +72,7 @@ def require_independent(config: FitConfig, fingerprint: str) -> None:
             f"reference {name}: sees images of {config.reference.image_size} pixels, the encoder under test {config.encoder.image_size}. "
             f"Set `image_size: {config.encoder.image_size}` in the reference's YAML if it is convolutional, or give another reference."
         )
+    return found
 
 
 def learn_to_predict(
@@ -119,8 +123,7 @@ def learn_to_predict(
         )
         return Prediction(None, _NOTHING, NONE, predictor.explained)
     log.info("the predictor explains %.2f of the encoder's embeddings of new images (R²)", predictor.explained)
-    fingerprint = load_encoder(config.reference).fingerprint() if config.reference else ""
-    return Prediction(predictor, *_departures(predictor, of_calibration), predictor.explained, fingerprint)
+    return Prediction(predictor, *_departures(predictor, of_calibration), predictor.explained)
 
 
 @torch.inference_mode()
