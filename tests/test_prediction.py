@@ -152,6 +152,16 @@ def test_fit_says_what_is_explained_and_a_scan_writes_how_images_depart(kind, re
     assert residual == pytest.approx(rows[0]["prediction_residual"], rel=0.1)
 
 
+@pytest.mark.parametrize("kind", ["with_student", "with_reference"])
+def test_calibration_images_depart_in_a_scan_as_they_did_in_the_fit(kind, request, many, tmp_path):
+    folder = request.getfixturevalue(kind)
+    scan(ScanConfig((str(many),), folder, str(tmp_path / "out"), precision="fp32", workers=0, scores_only=True))
+    rows = [row for stem in ("part-0000", "part-0001") for row in table(tmp_path / "out", stem)]
+    scanned = np.array([row["prediction_energy"] for row in rows])
+    for expected in load_detector(folder).evidence["prediction"]:
+        assert np.abs(scanned - expected).min() < 0.02
+
+
 def test_agreement_joins_the_decisions_on_request_alone_and_the_scan_stays_as_it_is(with_student, tmp_path):
     shards, out = write_shards(tmp_path / "in", [40, 20]), str(tmp_path / "out")
     scan(ScanConfig((str(shards),), with_student, out, precision="fp32", workers=0, force=True))

@@ -73,8 +73,9 @@ def _empty_predictor(shape: PredictorShape, embedding_size: int) -> Predictor:
         torch.empty(outputs),
         torch.empty(outputs),
     )
-    square = torch.empty(outputs, outputs)
-    departure = Departure(torch.empty(outputs), square, torch.empty(outputs), square)
+    departure = Departure(
+        *(torch.empty(shape) for shape in ((outputs,), (outputs, outputs)) * 2)
+    )  # each its own memory
     return Predictor(eye, target, departure, shape.explained, shape.eye_size)
 
 
