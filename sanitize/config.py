@@ -190,9 +190,7 @@ class ScanConfig:
     out: PathField = default("scanned")
     encoder: EncoderSpec | None = None  # default: the one the detector names
     policy: ThresholdPolicy = field(default_factory=ThresholdPolicy)
-    effort: str = (
-        ""  # see `perturbed_share`; default: thorough of the scorer reaction, 0.075 of evidence (1.3 encoder passes)
-    )
+    effort: str = ""  # see `perturbed_share`; default: that of the detector's scorer (`Detector.default_effort`)
     scores_only: bool = False
     force: bool = False
     limit: int = 0  # scan only the first so many shards; 0 = all

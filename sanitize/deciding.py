@@ -14,7 +14,7 @@ from sanitize.artifacts.scan_folder import Run, ScanFolder, ShardMarker
 from sanitize.config import ThresholdPolicy
 from sanitize.errors import ConfigError, RefusedError
 from sanitize.stages import thresholds
-from sanitize.stages.adaptation import agreement_adapter, score_adapter
+from sanitize.stages.adaptation import AgreementScores, agreement_test_of, score_adapter
 from sanitize.stages.agreement import Departures
 from sanitize.stages.decision_table import Rule
 
@@ -69,13 +69,10 @@ def find_rule(scans: Sequence[Scanned], policy: ThresholdPolicy, force: bool) ->
     calibration = detector.calibration(first.effort) if detector else np.empty(0, np.float32)
     reference = detector.adaptable_reference(first.effort) if detector and policy.adapt else None
     samples = {scan.folder.scores(marker.shard): marker.samples for scan in scans for marker in scan.markers}
-    if detector and policy.agreement:
-        adapter = agreement_adapter(samples, _departures(detector, first))
-        if adapter.agreement:
-            known = detector.calibration_scores(first.effort)
-            calibration = np.sort(adapter.agreement.combined(known, detector.departures))
-    else:
-        adapter = score_adapter(samples, reference, calibration)
+    test = agreement_test_of(samples, _departures(detector, first)) if detector and policy.agreement else None
+    adapter = AgreementScores(test) if test else score_adapter(samples, reference, calibration)
+    if detector and test:
+        calibration = np.sort(test.combined(detector.calibration_scores(first.effort), detector.departures))
     scores = adapter.scores_of_all(samples)
     threshold = thresholds.threshold_for(scores, calibration, policy)
     _warn_of_small_calibration(policy, threshold, len(calibration))

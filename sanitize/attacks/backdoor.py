@@ -14,6 +14,7 @@ from torch.nn import functional
 from sanitize.attacks.augment import flip_and_jitter
 from sanitize.stages.encoders import Encoder, embed_in_batches
 from sanitize.stages.precision import autocast, resolve_precision
+from sanitize.training.split import shuffled_batches
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +101,7 @@ def fine_tune(
     dtype = resolve_precision("auto", device)
     start, done = time.monotonic(), 0
     for epoch in range(1, config.epochs + 1):
-        order = torch.randperm(len(shadow), generator=generator)
-        for batch in order[: len(order) // config.batch_size * config.batch_size].split(config.batch_size):
+        for batch in shuffled_batches(len(shadow), config.batch_size, generator):
             pixels = shadow[batch]
             views = flip_and_jitter(originals.repeat_interleave(copies, dim=0), generator)
             images = torch.cat([pixels, trigger(pixels)]).to(device).float() / 255

@@ -14,6 +14,7 @@ from sanitize.stages.clip import QuickGELU, TextTransformer
 from sanitize.stages.precision import autocast, resolve_precision
 from sanitize.training.clip import LARGEST_SCALE, Clip, info_nce
 from sanitize.training.optimizer import adamw, warmup_cosine
+from sanitize.training.split import shuffled_batches
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +73,7 @@ def train(clip: Clip, pairs: Pairs, config: ContrastiveConfig, seed: int, device
     dtype = resolve_precision("auto", device)
     start, done = time.monotonic(), 0
     for epoch in range(config.epochs):
-        order = torch.randperm(len(tokens), generator=generator)
-        for batch in order[: len(order) // config.batch_size * config.batch_size].split(config.batch_size):
+        for batch in shuffled_batches(len(tokens), config.batch_size, generator):
             with autocast(device, dtype):
                 seen = image(pairs.images[batch].to(device).float() / 255)
                 read = tower(tokens[batch].to(device))

@@ -14,6 +14,7 @@ from sanitize.errors import check
 from sanitize.stages.encoders import Encoder, build_backbone
 from sanitize.stages.precision import autocast, resolve_precision
 from sanitize.training.optimizer import half_cosine
+from sanitize.training.split import shuffled_batches
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +62,7 @@ def pretrain(
     dtype = resolve_precision("auto", device)
     start, done = time.monotonic(), 0
     for epoch in range(config.epochs):
-        order = torch.randperm(len(images), generator=generator)
-        for batch in order[: len(order) // config.batch_size * config.batch_size].split(config.batch_size):
+        for batch in shuffled_batches(len(images), config.batch_size, generator):
             pixels = images[batch].to(device).float() / 255
             views = random_resized_crop(pixels, generator, (config.smallest_crop, 1.0))
             with autocast(device, dtype):

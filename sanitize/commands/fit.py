@@ -41,9 +41,7 @@ from sanitize.training.embedding_cache import EmbedTask, load_embeddings
 from sanitize.training.prediction import NO_PREDICTION, Prediction, learn_to_predict, reference_fingerprint
 
 log = logging.getLogger(__name__)
-REFERENCE_IMAGES = (
-    2000  # training images behind centre and covariance of clean statistics, and as many clean embeddings
-)
+REFERENCE_IMAGES = 2000  # training images behind the centre and covariance of clean statistics, and as many embeddings
 RECONSTRUCTIONS = 64  # of other embeddings, behind `error_reference`
 MIN_IMAGES = 32
 # what says where and how a fit runs, not what it gives
@@ -77,11 +75,10 @@ def fit(config: FitConfig) -> Detector:
             scorer = _scorer(config, encoder, state.decoder, training)
             scores, reconstructions = _reconstruction_scores(scorer, held_out)
             calibrated, reference, prediction = Calibration(scores.numpy(), scores.numpy()), None, NO_PREDICTION
-            if config.scorer == "evidence":
-                prediction = learn_to_predict(config, used, training.hashes, held_out.hashes, resources)
             if config.scorer in ("evidence", "reaction"):
                 reference, calibrated = _calibrate(config, used, training, held_out, resources)
             if config.scorer == "evidence":
+                prediction = learn_to_predict(config, used, training.hashes, held_out.hashes, resources)
                 calibrated = _combine(calibrated, prediction)
         _require_finite(calibrated.scores)
         detector = _detector(

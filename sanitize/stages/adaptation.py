@@ -32,30 +32,19 @@ MAX_FLAGGED = 0.2  # of the scan above what 1 % of clean images exceed: more, an
 FEW_FLAGGED = 0.05  # of the scan, that adapting may flag whatever was flagged before
 
 
-@dataclass(frozen=True)
 class ScoreAdapter:
-    """Turns score rows into the deciding scores. reference: the adapted one (`reaction`); agreement: joins the score (`evidence`); neither:
-    the scores as they are."""
+    """Turns score rows into the deciding scores; itself: as they are scored."""
 
-    reference: CleanReference | None = None
-    agreement: AgreementTest | None = None
-
-    @property
-    def columns(self) -> Sequence[str]:
-        """What `scores` needs."""
-        if self.agreement:
-            return ["score", *score_table.VECTORS]
-        return ["score"] if self.reference is None else score_table.STATISTICS_COLUMNS
+    columns: Sequence[str] = ("score",)  # what `scores` needs
 
     def scores(self, table: pa.Table) -> Floats:
         """(N,) float32 in row order, NaN for unscored samples."""
-        if self.agreement:
-            scores, (departures, has) = score_table.numbers(table, "score"), score_table.departures(table)
-            scores[has] = self.agreement.combined(scores[has], departures)
-            return scores
-        if self.reference is None:
-            return score_table.numbers(table, "score")
-        return self.reference.distance(torch.from_numpy(score_table.statistics(table))).numpy()
+        return score_table.numbers(table, "score")
+
+    @property
+    def identity(self) -> str:
+        """For people and for comparing two decisions; the same scan gives the same."""
+        return "as scored"
 
     def scores_of_all(self, samples: Mapping[str, int]) -> Floats:
         """(N,) float32 of score files with so many samples each, in order; one file in memory at a time."""
@@ -73,15 +62,38 @@ class ScoreAdapter:
                 display.update(number, done, done)
         return scores
 
+
+@dataclass(frozen=True)
+class AdaptedScores(ScoreAdapter):
+    """Of the scorer `reaction`: distances from a reference that was moved to the bulk of the scan."""
+
+    reference: CleanReference
+    columns = score_table.STATISTICS_COLUMNS
+
+    def scores(self, table: pa.Table) -> Floats:
+        return self.reference.distance(torch.from_numpy(score_table.statistics(table))).numpy()
+
     @property
     def identity(self) -> str:
-        """For people and for comparing two decisions; the same scan gives the same."""
-        if self.agreement:
-            return f"with agreement {self.agreement.identity}"
-        if self.reference is None:
-            return "as scored"
         tensors = {"centre": self.reference.centre.tolist(), "precision": self.reference.precision.tolist()}
         return f"adapted {storage.json_sha256(tensors)[:12]}"
+
+
+@dataclass(frozen=True)
+class AgreementScores(ScoreAdapter):
+    """Of the scorer `evidence`: joined by how samples agree with each other."""
+
+    test: AgreementTest
+    columns = ("score", *score_table.VECTORS)
+
+    def scores(self, table: pa.Table) -> Floats:
+        scores, (departures, has) = score_table.numbers(table, "score"), score_table.departures(table)
+        scores[has] = self.test.combined(scores[has], departures)
+        return scores
+
+    @property
+    def identity(self) -> str:
+        return f"with agreement {self.test.identity}"
 
 
 def score_adapter(samples: Mapping[str, int], reference: CleanReference | None, calibration: Floats) -> ScoreAdapter:
@@ -109,17 +121,15 @@ def score_adapter(samples: Mapping[str, int], reference: CleanReference | None, 
         )
         return ScoreAdapter()
     log.info("adapted to the scan: %.2f %% of it stand out, %.2f %% before", 100 * shares[1], 100 * shares[0])
-    return ScoreAdapter(moved)
+    return AdaptedScores(moved)
 
 
-def agreement_adapter(samples: Mapping[str, int], clean: Departures) -> ScoreAdapter:
-    """For the scorer `evidence`. samples: score file → how many; clean: of the calibration images. Memory: one file and the pool."""
+def agreement_test_of(samples: Mapping[str, int], clean: Departures) -> AgreementTest | None:
+    """samples: score file → how many; clean: of the calibration images. None: too few images to compare. Memory: one file and the pool."""
     pool = NONE
     for table in score_table.read_each(list(samples), list(score_table.VECTORS)):
         pool = pool.joined(score_table.departures(table)[0]).longest(POOL)
-    if len(pool) <= NEIGHBOURS:
-        return ScoreAdapter()
-    return ScoreAdapter(agreement=agreement_test(pool, clean, AGREEMENT))
+    return agreement_test(pool, clean, AGREEMENT) if len(pool) > NEIGHBOURS else None
 
 
 def reason_not_to_adapt(scores: Floats, calibration: Floats) -> str:

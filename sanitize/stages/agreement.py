@@ -60,9 +60,8 @@ class Departures:
         """Raises ValueError when they differ in length."""
         if not residuals:
             return NONE
-        if {len(row) for row in residuals} != {len(residuals[0])} or [len(row) for row in hashes] != [8] * len(
-            residuals
-        ):
+        lengths = {len(row) for row in residuals}, {len(row) for row in hashes}
+        if lengths != ({len(residuals[0])}, {8}) or len(residuals) != len(hashes):
             raise ValueError("residuals or image hashes of several lengths")
         values = np.frombuffer(b"".join(residuals), np.int8).reshape(len(residuals), -1)
         return cls(values, np.frombuffer(b"".join(hashes), "<u8"))

@@ -35,9 +35,8 @@ STATISTICS: Mapping[str, str] = {  # column, float32 → what it means; null whe
     "prediction_energy": "the same less that of the embedding from the mean: how much less likely it is given the image; decides",
     **dict.fromkeys(CHANGE_COLUMNS, "log cosine change of the embedding under this perturbation, where it was tried"),
 }
-VECTORS: Mapping[
-    str, str
-] = {  # column of bytes, what pass 2 compares samples by (stages/agreement.py); null where there is none
+# column of bytes → what it means: what pass 2 compares samples by (stages/agreement.py); null where there is none
+VECTORS: Mapping[str, str] = {
     RESIDUALS: "how the embedding departs from the predicted one: int8 coordinates in eighths of a clean image's deviation",
     IMAGE_HASH: "what the image looks like: difference hash, 8 bytes",
 }

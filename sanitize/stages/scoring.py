@@ -5,7 +5,7 @@
 `lowres`: mean squared difference at the decoder's (low) resolution.
 `reaction`: how unlike clean images' the embedding lies and changes under perturbations (clean_reference.py); an image that looks
 clean by where it lies alone (prescreen score below a threshold) is not perturbed: its score is the difference, below every distance.
-`evidence`, the default: prediction (prediction.py) and where the embedding lies, both of the one encoder pass, and the reaction to
+`evidence`: prediction (prediction.py) and where the embedding lies, both of the one encoder pass, and the reaction to
 perturbations of images that these two leave undecided; combined by their p-values (evidence.py).
 """
 
@@ -184,19 +184,15 @@ class Scorer:
         self, reference: CleanReference, witnesses: Witnesses, images: Tensor, embeddings: Tensor
     ) -> TensorColumns:
         """The score of `evidence` and what it is made of; changes are NaN where an image was not perturbed."""
-        norms, distances = embeddings.norm(dim=1), neighbour_distance(embeddings, reference.clean_embeddings)
-        changes = torch.full((len(images), len(PERTURBATIONS)), float("nan"), device=self.device)
-        columns = {"neighbour_distance": distances}
-        values = {WHEREABOUTS: reference.prescreen_score(embedding_statistics(changes, norms, distances))}
+        norms, distances, prescreen = self._whereabouts(reference, embeddings)
+        columns, values = {"neighbour_distance": distances}, {WHEREABOUTS: prescreen}
         if witnesses.predictor:
             whitened, energy = witnesses.predictor(embeddings, self._seen(witnesses, witnesses.predictor, images))
             columns |= {"prediction_residual": whitened.square().mean(dim=1), "prediction_energy": energy}
             columns |= {RESIDUALS: whitened, IMAGE_HASH: difference_hash(images).float()}
             values[PREDICTION] = energy
         first, (low, high) = _combined(witnesses.evidence, values), witnesses.undecided
-        undecided = ((first >= low) & (first <= high)).to(self.device)
-        if undecided.any():
-            changes[undecided] = self.changes(images[undecided], embeddings[undecided])
+        changes = self._changes_of(((first >= low) & (first <= high)).to(self.device), images, embeddings)
         values[REACTION] = reference.distance(embedding_statistics(changes, norms, distances))
         columns["score"] = _combined(witnesses.evidence, values).to(self.device)
         return columns | dict(zip(CHANGE_COLUMNS, changes.T, strict=True))
@@ -209,18 +205,28 @@ class Scorer:
 
     def _against_clean(self, reference: CleanReference, images: Tensor, embeddings: Tensor) -> TensorColumns:
         """The score of `reaction` and what it is made of; changes are NaN where an image was not perturbed."""
-        norms, distances = embeddings.norm(dim=1), neighbour_distance(embeddings, reference.clean_embeddings)
-        changes = torch.full((len(images), len(PERTURBATIONS)), float("nan"), device=self.device)
-        prescreen = reference.prescreen_score(embedding_statistics(changes, norms, distances))
+        norms, distances, prescreen = self._whereabouts(reference, embeddings)
         passed = prescreen >= self.prescreen_threshold
-        if passed.any():
-            changes[passed] = self.changes(images[passed], embeddings[passed])
+        changes = self._changes_of(passed, images, embeddings)
         distance = reference.distance(embedding_statistics(changes, norms, distances))
         columns = {
             "score": torch.where(passed, distance, prescreen - self.prescreen_threshold),
             "neighbour_distance": distances,
         }
         return columns | dict(zip(CHANGE_COLUMNS, changes.T, strict=True))
+
+    def _whereabouts(self, reference: CleanReference, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Norms, neighbour distances and prescreen scores, (B,) each."""
+        norms, distances = embeddings.norm(dim=1), neighbour_distance(embeddings, reference.clean_embeddings)
+        nothing = embeddings.new_empty(len(embeddings), 0)
+        return norms, distances, reference.prescreen_score(embedding_statistics(nothing, norms, distances))
+
+    def _changes_of(self, chosen: Tensor, images: Tensor, embeddings: Tensor) -> Tensor:
+        """(B, V) changes of the images that are chosen, (B,) bool; NaN of the others, which cost no encoder pass."""
+        changes = torch.full((len(images), len(PERTURBATIONS)), float("nan"), device=self.device)
+        if chosen.any():
+            changes[chosen] = self.changes(images[chosen], embeddings[chosen])
+        return changes
 
     @torch.inference_mode()
     def changes(self, images: Tensor, embeddings: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from sanitize.stages.precision import autocast, resolve_precision
 from sanitize.training.checkpoints import load_checkpoint, save_checkpoint
 from sanitize.training.distributed import Rank, ReportCallback, train_on_ray
 from sanitize.training.optimizer import half_cosine
+from sanitize.training.split import shuffled_batches
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def _epoch(
     training, count = config.training, len(auxiliary.hashes)
     size = max(rank.world, min(training.batch_size, count) // rank.world * rank.world)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-    batches = torch.randperm(count, generator=generator)[: count // size * size].split(size)
+    batches = shuffled_batches(count, size, generator)
     total = torch.zeros((), device=rank.device)
     model.train()
     for step, batch in enumerate(batches):

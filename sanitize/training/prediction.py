@@ -167,8 +167,7 @@ def train_student(
     )
     with ProgressDisplay("train the student", config.epochs, config.epochs * len(images)) as display:
         for epoch in range(config.epochs):
-            order = torch.randperm(len(images), generator=generator)
-            for batch in order[: per_epoch * batch_size].split(batch_size):
+            for batch in split.shuffled_batches(len(images), batch_size, generator):
                 predicted = student(images[batch].to(device).float() / 255)
                 loss = functional.smooth_l1_loss(predicted, targets[batch].to(device))
                 optimizer.zero_grad(set_to_none=True)
