@@ -140,6 +140,14 @@ def _departures(detector: Detector, run: Run) -> Departures:
 
 
 def _warn_of_small_calibration(policy: ThresholdPolicy, threshold: float, calibration: int) -> None:
+    if policy.policy == "calibrated" and not thresholds.is_counted(calibration, policy.fpr):
+        log.warning(
+            "fpr %g: %d calibration scores are few for it, so the cut is an estimate. Fit with auxiliary images that leave %d to calibrate "
+            "on for one that is counted",
+            policy.fpr,
+            calibration,
+            thresholds.fewest_for(policy.fpr, counted=True),
+        )
     share = thresholds.smallest_share(calibration, policy.fpr) if policy.policy == "fdr" else 0
     if share > RARE and math.isinf(threshold):
         log.warning(

@@ -159,19 +159,23 @@ def test_too_few_images_say_how_many_are_needed(tmp_path, encoder_spec):
         fit(fit_config(tmp_path / "aux", encoder_spec, tmp_path / "d"))
 
 
-def test_too_few_to_calibrate_the_default_scan_say_so_before_training(tmp_path, encoder_spec, caplog):
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [
+        (0.2, "few for the default --fpr 0.01 of a scan: its cut will be taken from a tail fitted to their scores"),
+        (0.1, "too few for the default --fpr 0.01 of a scan (50)"),
+    ],
+)
+def test_too_few_to_calibrate_the_default_scan_say_so_before_training(tmp_path, encoder_spec, caplog, share, said):
     write_shards(tmp_path / "aux", [300])
     config = fit_config(tmp_path / "aux", encoder_spec, tmp_path / "d")
-    fit(dataclasses.replace(config, training=dataclasses.replace(config.training, calibration_fraction=0.2)))
-    (said,) = [record.message for record in caplog.records if "held out to calibrate" in record.message]
-    held_out = int(said.split()[0])
-    assert (
-        f"{held_out} of 300 auxiliary images are held out to calibrate on, and the default --fpr 0.01 of a scan needs 99"
-        in said
-    )
-    assert "Give about 545 images, or hold out more of them (--set training.calibration_fraction=0.4)" in said
-    rate = float(said.partition("scan with --fpr ")[2].split()[0])
-    threshold_for(np.empty(0, np.float32), np.zeros(held_out, np.float32), ThresholdPolicy(fpr=rate))  # as advised
+    fit(dataclasses.replace(config, training=dataclasses.replace(config.training, calibration_fraction=share)))
+    (message,) = [record.message for record in caplog.records if "held out to calibrate" in record.message]
+    held_out = int(message.split()[0])
+    assert f"{held_out} of 300 auxiliary images are held out to calibrate on, {said}" in message
+    assert f"Give about {2745 if share == 0.2 else 5490} images, so that the cut is counted" in message
+    advised = message.partition("scan with --fpr ")[2].split() or ["0.01"]
+    threshold_for(np.empty(0, np.float32), np.zeros(held_out, np.float32), ThresholdPolicy(fpr=float(advised[0])))
 
 
 def test_auxiliary_shards_without_a_usable_image_say_so(tmp_path, encoder_spec):

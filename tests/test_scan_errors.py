@@ -117,7 +117,7 @@ def test_shards_without_images_are_named(tmp_path, scan_config):
 
 
 def test_a_rate_the_calibration_cannot_hold_fails_before_any_work(shards, scan_config, tmp_path):
-    with pytest.raises(ConfigError, match=r"fpr 0.0001: needs at least 9999 calibration scores"):
+    with pytest.raises(ConfigError, match=r"fpr 0.0001: needs at least 500 calibration scores"):
         scan(scan_config(shards, policy=ThresholdPolicy(fpr=0.0001)))
     assert not (tmp_path / "scanned").exists()
 

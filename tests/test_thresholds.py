@@ -3,7 +3,17 @@ import pytest
 
 from sanitize.config import ThresholdPolicy
 from sanitize.errors import ConfigError
-from sanitize.stages.thresholds import group_cut_in_two, keep, p_values, smallest_share, threshold_for
+from sanitize.stages.thresholds import (
+    clean_quantile,
+    fewest_for,
+    group_cut_in_two,
+    is_counted,
+    keep,
+    lowest_rate,
+    p_values,
+    smallest_share,
+    threshold_for,
+)
 
 RNG = np.random.default_rng(0)
 CALIBRATION = np.sort(RNG.normal(size=999).astype(np.float32))
@@ -30,7 +40,7 @@ def test_p_value_is_the_plain_loop():
 
 
 def test_calibrated_removes_exactly_the_samples_with_p_at_most_fpr():
-    for fpr in (0.001, 0.01, 0.2):
+    for fpr in (0.005, 0.01, 0.2):
         p = p_values(SCORES[:-1], CALIBRATION)
         assert np.array_equal(removed(ThresholdPolicy("calibrated", fpr=fpr))[:-1], p <= np.float32(fpr))
 
@@ -44,10 +54,53 @@ def test_calibrated_keeps_its_false_positive_rate_on_average():
     assert np.mean(rates) == pytest.approx(0.05, abs=0.005)
 
 
+@pytest.mark.parametrize("draw", ["normal", "exponential"])
+def test_with_few_calibration_images_a_fitted_tail_keeps_the_rate_on_average(draw):
+    """One of 155 images at the cut, as in a conformal quantile, or none at all: the rate scatters, but not its mean."""
+    fresh = np.sort(getattr(np.random.default_rng(0), draw)(size=100_000))
+    cuts = [
+        clean_quantile(np.sort(getattr(np.random.default_rng([1, seed]), draw)(size=155).astype(np.float32)), 0.01)
+        for seed in range(200)
+    ]
+    rates = 1 - np.searchsorted(fresh, cuts) / len(fresh)
+    assert np.mean(rates) == pytest.approx(0.01, abs=0.004)
+    assert np.quantile(rates, 0.95) < 0.035
+
+
+def test_one_odd_calibration_image_does_not_decide_alone():
+    usual = np.abs(np.random.default_rng(0).normal(size=154)).astype(np.float32)
+    assert clean_quantile(np.sort(np.r_[usual, np.float32(40)]), 0.01) < 10
+
+
+def test_a_lower_rate_never_keeps_less():
+    for count in (20, 60, 155, 998):
+        calibration = CALIBRATION[:: 999 // count][:count]
+        rates = np.geomspace(lowest_rate(count), 0.5, 400)
+        cuts = [clean_quantile(calibration, rate) for rate in rates]
+        assert (np.diff(cuts) <= 0).all(), count
+
+
 def test_too_few_calibration_scores_says_how_many_are_needed():
-    with pytest.raises(ConfigError, match=r"fpr 0.001: needs at least 999 calibration scores, the detector has 99"):
-        threshold_for(SCORES, CALIBRATION[:99], ThresholdPolicy(fpr=0.001))
-    threshold_for(SCORES, CALIBRATION, ThresholdPolicy(fpr=0.001))
+    said = r"fpr 0.001: needs at least 50 calibration scores, the detector has 49. Use --fpr 0.02 or more, or fit with more"
+    with pytest.raises(ConfigError, match=said):
+        clean_quantile(CALIBRATION[:49], 0.001)
+    with pytest.raises(ConfigError, match=r"fpr 0.0001: needs at least 500 .* has 99. Use --fpr 0.00051 or more"):
+        clean_quantile(CALIBRATION[:99], 0.0001)
+    with pytest.raises(ConfigError, match=r"fpr 0.04: needs at least 24 calibration scores, the detector has 20"):
+        clean_quantile(CALIBRATION[:20], 0.04)
+
+
+@pytest.mark.parametrize("fpr", [0.2, 0.01, 0.001, 0.0001])
+def test_as_many_calibration_scores_as_were_said_to_be_needed_are_enough(fpr):
+    many = np.arange(fewest_for(fpr, counted=True), dtype=np.float32)
+    clean_quantile(many[: fewest_for(fpr)], fpr)
+    assert is_counted(len(many), fpr)
+    assert not is_counted(len(many) - 1, fpr)
+
+
+@pytest.mark.parametrize("count", [1, 20, 49, 50, 99, 998])
+def test_the_rate_that_was_advised_is_allowed(count):
+    clean_quantile(CALIBRATION[:count], lowest_rate(count))
 
 
 def test_fdr_is_benjamini_hochberg():

@@ -34,6 +34,7 @@ from sanitize.stages.evidence import PREDICTION, REACTION, WHEREABOUTS, combinat
 from sanitize.stages.preprocessing import complete_spec
 from sanitize.stages.scoring import Floats, References, Scorer
 from sanitize.stages.shards import head_tails, list_shards
+from sanitize.stages.thresholds import fewest_for, is_counted, lowest_rate
 from sanitize.training import split
 from sanitize.training.calibration import StatisticsTask, measure_statistics, rows_of
 from sanitize.training.decoder import Auxiliary, TrainingState, train_decoder
@@ -145,19 +146,32 @@ def _require_enough(training: int, held_out: int, fraction: float) -> None:
             f"{training + held_out} auxiliary images leave {training} to train and {held_out} to calibrate on; at least "
             f"{MIN_IMAGES} and 1 are needed, thousands are better. Give more shards."
         )
-    needed, total = math.ceil(1 / ThresholdPolicy.fpr - 1 - 1e-9), training + held_out
-    if held_out < needed:
-        share = 1.2 * needed / total
+    fpr, total = ThresholdPolicy.fpr, training + held_out
+    if is_counted(held_out, fpr):
+        return
+    needed = fewest_for(fpr, counted=True)
+    share = 1.2 * needed / total
+    more = f", or hold out more of them (--set training.calibration_fraction={share:.2g})" if share <= 0.5 else ""
+    advice = f"Give about {math.ceil(1.1 * needed / fraction)} images{more}, so that the cut is counted"
+    if held_out >= fewest_for(fpr):
         log.warning(
-            "%d of %d auxiliary images are held out to calibrate on, and the default --fpr %g of a scan needs %d. Give about %d images%s; "
-            "else scan with --fpr %.2g or more",
+            "%d of %d auxiliary images are held out to calibrate on, few for the default --fpr %g of a scan: its cut will be taken from a "
+            "tail fitted to their scores. %s",
             held_out,
             total,
-            ThresholdPolicy.fpr,
-            needed,
-            math.ceil(1.1 * needed / fraction),
-            f", or hold out more of them (--set training.calibration_fraction={share:.2g})" if share <= 0.5 else "",
-            1.01 / (held_out + 1),
+            fpr,
+            advice,
+        )
+    else:
+        log.warning(
+            "%d of %d auxiliary images are held out to calibrate on, too few for the default --fpr %g of a scan (%d). %s; else scan with "
+            "--fpr %.2g or more",
+            held_out,
+            total,
+            fpr,
+            fewest_for(fpr),
+            advice,
+            lowest_rate(held_out),
         )
 
 

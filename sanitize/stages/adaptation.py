@@ -23,6 +23,7 @@ from sanitize.stages import score_table
 from sanitize.stages.agreement import NEIGHBOURS, NONE, POOL, AgreementTest, Departures, agreement_test
 from sanitize.stages.clean_reference import CleanReference, adapted
 from sanitize.stages.evidence import AGREEMENT
+from sanitize.stages.tails import fit_tail
 
 log = logging.getLogger(__name__)
 Floats = NDArray[np.float32]
@@ -146,8 +147,8 @@ def reason_not_to_adapt(scores: Floats, calibration: Floats) -> str:
 
 
 def flagged_share(scores: Floats, calibration: Floats) -> float:
-    """Of finite scores (N,), above what all but 1 % of clean images reach."""
-    return float((scores > np.quantile(calibration, 0.99, method="higher")).mean())
+    """Of finite scores (N,), above what all but 1 % of clean images reach; by a fitted tail, so that no single odd one decides."""
+    return float((scores > fit_tail(calibration).quantile(0.01)).mean())
 
 
 def distinct_statistics(samples: Mapping[str, int], key: bytes, limit: int = MAX_ROWS) -> Floats:

@@ -7,8 +7,11 @@ from numpy.typing import NDArray
 
 from sanitize.config import ThresholdPolicy
 from sanitize.errors import ConfigError
+from sanitize.stages.tails import Floats, fit_tail
 
-Floats = NDArray[np.float32]
+COUNTED = 5  # clean images above a cut; where calibration has fewer there, single odd ones would decide, and a fitted tail does
+FEWEST = 50  # calibration scores that a tail is fitted to
+FURTHEST = 20  # times less often than one calibration score: rates that a fitted tail is asked for
 MIN_GROUP = 8  # samples, of what counts as a group on its own
 BIN = 0.125  # of the interquartile range of a scan: bins that its histogram is judged by
 MAD_TO_DEVIATION = 1.4826  # of a Gaussian
@@ -23,13 +26,13 @@ def p_values(scores: Floats, calibration: Floats) -> Floats:
 def threshold_for(scores: Floats, calibration: Floats, policy: ThresholdPolicy) -> float:
     """The highest score that is kept under `policy`. scores (N,) with NaN for unscored samples; calibration (n,) sorted.
 
-    calibrated: conformal quantile, at most `fpr` of clean images above it. fdr: Benjamini-Hochberg on p-values.
+    calibrated: `clean_quantile`, about `fpr` of clean images above it. fdr: Benjamini-Hochberg on p-values.
     fraction: the top share of this scan, and whatever ties with it. robust: median + mad * 1.4826 MAD of this scan.
     """
     if policy.policy == "absolute":
         return policy.threshold
     if policy.policy == "calibrated":
-        return _conformal(calibration, policy.fpr)
+        return clean_quantile(calibration, policy.fpr)
     finite = scores[np.isfinite(scores)]  # a copy; what follows makes at most one more, for there may be 10^9
     if len(finite) == 0:
         return math.inf
@@ -47,15 +50,40 @@ def threshold_for(scores: Floats, calibration: Floats, policy: ThresholdPolicy) 
     return median + policy.mad * MAD_TO_DEVIATION * float(np.median(finite, overwrite_input=True))
 
 
-def _conformal(calibration: Floats, fpr: float) -> float:
+def clean_quantile(calibration: Floats, fpr: float) -> float:
+    """The score that a share `fpr` of clean images exceeds, from calibration (n,) sorted upwards; it falls as `fpr` rises.
+
+    The conformal quantile where COUNTED of the scores lie above it, or where there are too few for anything else; a generalised Pareto
+    tail (tails.py) beyond. Raises ConfigError when they are too few for this rate.
+    """
     count = len(calibration)
-    rank = math.ceil((count + 1) * (1 - fpr) - 1e-9)
-    if rank > count:
-        raise ConfigError(
-            f"fpr {fpr}: needs at least {math.ceil(1 / fpr - 1 - 1e-9)} calibration scores, the detector has {count}. "
-            "Use a higher --fpr, or fit with more auxiliary images."
-        )
-    return float(calibration[rank - 1])
+    if is_counted(count, fpr) or count < FEWEST:
+        rank = math.ceil((count + 1) * (1 - fpr) - 1e-9)
+        if rank <= count:
+            return float(calibration[rank - 1])
+    elif count * fpr * FURTHEST >= 1 - 1e-9:
+        return max(fit_tail(calibration).quantile(fpr), float(calibration[count - COUNTED]))
+    raise ConfigError(
+        f"fpr {fpr}: needs at least {min(math.ceil(1 / fpr - 1 - 1e-9), fewest_for(fpr))} calibration scores, the detector has {count}. "
+        f"Use --fpr {lowest_rate(count):.2g} or more, or fit with more auxiliary images."
+    )
+
+
+def is_counted(calibration: int, fpr: float) -> bool:
+    """So many scores show by themselves where a share `fpr` of clean images ends."""
+    return (calibration + 1) * fpr >= COUNTED - 1e-9
+
+
+def fewest_for(fpr: float, counted: bool = False) -> int:
+    """Calibration scores that a cut at this rate takes; counted: without a fitted tail."""
+    return math.ceil(COUNTED / fpr - 1 - 1e-9) if counted else max(FEWEST, math.ceil(1 / (FURTHEST * fpr) - 1e-9))
+
+
+def lowest_rate(calibration: int) -> float:
+    """That so many calibration scores allow, rounded up to two digits."""
+    rate = 1 / (calibration + 1) if calibration < FEWEST else 1 / (FURTHEST * calibration)
+    step = 10 ** (math.floor(math.log10(rate)) - 1)
+    return math.ceil(rate / step - 1e-9) * step
 
 
 def _benjamini_hochberg(finite: Floats, calibration: Floats, rate: float) -> float:
