@@ -82,7 +82,7 @@ def fewest_for(fpr: float, counted: bool = False) -> int:
 def lowest_rate(calibration: int) -> float:
     """That so many calibration scores allow, rounded up to two digits."""
     rate = 1 / (calibration + 1) if calibration < FEWEST else 1 / (FURTHEST * calibration)
-    step = 10 ** (math.floor(math.log10(rate)) - 1)
+    step = 10.0 ** (math.floor(math.log10(rate)) - 1)
     return math.ceil(rate / step - 1e-9) * step
 
 
