@@ -30,7 +30,6 @@ from sanitize.attacks.triggers import Trigger, make_trigger, poison_mask
 from sanitize.config import ThresholdPolicy
 from sanitize.config_loading import from_mapping, load_encoder_spec, load_yaml
 from sanitize.metrics import detection
-from sanitize.stages.agreement import NONE, Departures
 from sanitize.stages.thresholds import threshold_for
 
 log = logging.getLogger(__name__)
@@ -193,18 +192,12 @@ class PoolScores:
         if self.settings.each_pool:
             found = self.of_pool(rate)
             return np.concatenate([found.clean, found.triggered]), truth
-        scores = np.concatenate([self.found.clean, self.found.triggered])[members]
-        if self.detector and (self.settings.adapt or self.settings.agreement):
-            scores, _ = self.decided(scores, members)
-        return scores, truth
+        return self.decided(members)[0], truth
 
-    def decided(self, scores: Floats, members: NDArray[np.int64]) -> tuple[Floats, Floats]:
-        """Scores of these members as pass 2 decides by them, and their null distribution."""
-        assert self.detector
-        found = self.found
-        statistics = found.statistics[members] if len(found.statistics) else found.statistics
-        departures = Departures(found.residuals[members], found.hashes[members]) if len(found.residuals) else NONE
-        return decided(self.detector, self.settings, scores, statistics, departures)
+    def decided(self, members: NDArray[np.int64]) -> tuple[Floats, Floats]:
+        """Scores of these members as pass 2 decides by them, and their null distribution, empty of baselines."""
+        found = self.found.of(members)
+        return decided(self.detector, self.settings, found) if self.detector else (found.clean, found.clean[:0])
 
     def drawn(self, rate: float) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         return pool(len(self.victim.test), len(self.victim.triggered), rate, self.seed)
@@ -220,12 +213,7 @@ class PoolScores:
         """Of a scan of the pool of this rate; baselines have none."""
         if self.detector is None:
             return None
-        calibration = self.detector.calibration(self.settings.effort)
-        scores, _ = self.pool(rate)
-        if self.settings.adapt or self.settings.agreement:
-            members, _ = self.drawn(rate)
-            raw = np.concatenate([self.found.clean, self.found.triggered])[members]
-            scores, calibration = self.decided(raw, members)
+        scores, calibration = self.decided(self.drawn(rate)[0])
         return float(np.float32(threshold_for(scores, calibration, policy)))
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import io
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from sanitize.stages.agreement import IMAGE_HASH, NONE, POOL, RESIDUALS, Departu
 from sanitize.stages.clean_reference import adapted, embedding_statistics
 from sanitize.stages.encoders import Encoder, embed_in_batches, load_encoder
 from sanitize.stages.evidence import AGREEMENT
+from sanitize.stages.evidence_adaptation import trusted_agreement, trusted_evidence, values_of
 from sanitize.stages.perturbations import CHANGE_COLUMNS
 
 Floats = NDArray[np.float32]
@@ -58,8 +59,8 @@ class DetectorScores:
     """Scores, and their cost.
 
     triggered_target: (0,) for baselines
-    statistics: (N, V + 2) of clean, then triggered images, of the scorer `reaction` when it perturbed every image; else (0, 0)
-    residuals (N, k + 1), hashes (N,): likewise of the scorer `evidence`, what pass 2 compares samples by; else empty
+    statistics: (N, V + 2) of clean, then triggered images, of the scorers `reaction` and `evidence`; NaN where not perturbed; else (0, 0)
+    residuals (N, k + 1), hashes (N,), energy (N,): likewise of the scorer `evidence`, what pass 2 compares samples by; else empty
     passes: encoder passes an image, on average
     """
 
@@ -72,6 +73,14 @@ class DetectorScores:
     residuals: NDArray[np.int8] = field(default_factory=lambda: NONE.residuals)
     hashes: NDArray[np.uint64] = field(default_factory=lambda: NONE.hashes)
     passes: float = 1.0
+    energy: Floats = field(default_factory=lambda: np.empty(0, np.float32))
+
+    def of(self, members: NDArray[np.int64]) -> "DetectorScores":
+        """Of some of the clean, then triggered images: all in `clean`."""
+        arrays = {name: getattr(self, name) for name in ("statistics", "residuals", "hashes", "energy")}
+        chosen = {name: array[members] if len(array) else array for name, array in arrays.items()}
+        scores = np.concatenate([self.clean, self.triggered])[members]
+        return replace(self, clean=scores, triggered=scores[:0], **chosen)
 
 
 def score_victim(
@@ -116,6 +125,7 @@ def score_victim(
             residuals=arrays["residuals"],
             hashes=arrays["hashes"],
             passes=float(arrays["passes"]),
+            energy=arrays["energy"],
         )
 
 
@@ -141,7 +151,7 @@ def score_with_product(
     rate = len(images) / (time.monotonic() - start)
     columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
     statistics = np.empty((0, 0), np.float32)
-    if detector.adaptable_reference(settings.effort):
+    if CHANGE_COLUMNS[0] in columns:
         changes = torch.from_numpy(np.stack([columns[name] for name in CHANGE_COLUMNS], axis=1))
         norms, distances = (torch.from_numpy(columns[name]) for name in ("embedding_norm", "neighbour_distance"))
         statistics = embedding_statistics(changes, norms, distances).numpy()[: counts[0] + counts[1]]
@@ -153,7 +163,8 @@ def score_with_product(
         hashes = np.ascontiguousarray(columns[IMAGE_HASH][:pool].astype(np.uint8)).view("<u8").reshape(-1)
     if CHANGE_COLUMNS[0] in columns:
         passes += len(CHANGE_COLUMNS) * float(np.isfinite(columns[CHANGE_COLUMNS[0]][:pool]).mean())
-    return DetectorScores(clean, triggered, target, statistics, seconds, rate, residuals, hashes, passes)
+    energy = columns.get("prediction_energy", np.full(len(images), np.nan, np.float32))[:pool]
+    return DetectorScores(clean, triggered, target, statistics, seconds, rate, residuals, hashes, passes, energy)
 
 
 def fit_scorer(
@@ -180,20 +191,32 @@ def as_decoded(images: Tensor) -> list[DecodedImage]:
     return [DecodedImage(i, str(i), "00" * 32, image, width, height, "ok", "") for i, image in enumerate(images)]
 
 
-def decided(
-    detector: Detector, settings: DetectorConfig, scores: Floats, statistics: Floats, departures: Departures
-) -> tuple[Floats, Floats]:
-    """What pass 2 of a scan of this pool would decide by (stages/adaptation.py), and its null distribution, sorted upwards."""
-    effort = settings.effort
-    calibration = detector.calibration(effort)
-    if settings.agreement:
-        test = agreement_test(NONE.joined(departures).longest(POOL), detector.departures, AGREEMENT)
-        null = test.combined(detector.calibration_scores(effort), detector.departures)
-        return test.combined(scores, departures), np.sort(null)
-    reference = detector.adaptable_reference(effort)
+def decided(detector: Detector, settings: DetectorConfig, found: DetectorScores) -> tuple[Floats, Floats]:
+    """What pass 2 of a scan of these images would decide by (deciding.py), and its null distribution, sorted upwards. found: of the
+    pool, all in `clean`."""
+    effort, scores = settings.effort, found.clean
+    calibration, reference = detector.calibration(effort), detector.adaptable_reference(effort)
+    if detector.evidence:
+        return _decided_by_evidence(detector, settings, found)
     if not settings.adapt or reference is None or reason_not_to_adapt(scores, calibration):
         return scores, calibration
-    return adapted(reference, statistics).distance(torch.from_numpy(statistics)).numpy(), calibration
+    return adapted(reference, found.statistics).distance(torch.from_numpy(found.statistics)).numpy(), calibration
+
+
+def _decided_by_evidence(detector: Detector, settings: DetectorConfig, found: DetectorScores) -> tuple[Floats, Floats]:
+    assert detector.clean_reference
+    scores, calibration = found.clean, detector.calibration(settings.effort)
+    if settings.adapt:
+        values = values_of(detector.clean_reference, found.statistics, found.energy)
+        moved = trusted_evidence(detector.combination(), values, scores, calibration)
+        scores = moved.score(values) if moved else scores
+    if not settings.agreement:
+        return scores, calibration
+    departures = Departures(found.residuals, found.hashes)
+    test = agreement_test(NONE.joined(departures).longest(POOL), detector.departures, AGREEMENT)
+    null = test.combined(detector.calibration_scores(settings.effort), detector.departures)
+    test = trusted_agreement(test, departures) if settings.adapt else test
+    return test.combined(scores, departures), np.sort(null)
 
 
 # ---------------------------------------------------------------- files of sanitize/detectors

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +14,10 @@ from sanitize.artifacts.scan_folder import Run, ScanFolder, ShardMarker
 from sanitize.config import ThresholdPolicy
 from sanitize.errors import ConfigError, RefusedError
 from sanitize.stages import thresholds
-from sanitize.stages.adaptation import AgreementScores, agreement_test_of, score_adapter
+from sanitize.stages.adaptation import ScoreAdapter, score_adapter
 from sanitize.stages.agreement import Departures
 from sanitize.stages.decision_table import Rule
+from sanitize.stages.evidence_adaptation import AgreementScores, adapted_agreement, agreement_test_of, evidence_adapter
 
 log = logging.getLogger(__name__)
 RARE = 0.01  # share of poison that every policy should be able to act on
@@ -66,13 +67,8 @@ def find_rule(scans: Sequence[Scanned], policy: ThresholdPolicy, force: bool) ->
                 "compare. Clean them one by one, or scan one of them again."
             )
     detector = _detector(scans[0].folder.path, first, policy)
-    calibration = detector.calibration(first.effort) if detector else np.empty(0, np.float32)
-    reference = detector.adaptable_reference(first.effort) if detector and policy.adapt else None
     samples = {scan.folder.scores(marker.shard): marker.samples for scan in scans for marker in scan.markers}
-    test = agreement_test_of(samples, _departures(detector, first)) if detector and policy.agreement else None
-    adapter = AgreementScores(test) if test else score_adapter(samples, reference, calibration)
-    if detector and test:
-        calibration = np.sort(test.combined(detector.calibration_scores(first.effort), detector.departures))
+    adapter, calibration = _adapter(detector, first, policy, samples)
     scores = adapter.scores_of_all(samples)
     threshold = thresholds.threshold_for(scores, calibration, policy)
     _warn_of_small_calibration(policy, threshold, len(calibration))
@@ -83,6 +79,29 @@ def find_rule(scans: Sequence[Scanned], policy: ThresholdPolicy, force: bool) ->
         results.append(CleanResult(threshold, kept, len(part) - kept, int(np.isnan(part).sum()), ()))
     _refuse_to_remove_most(results, force)
     return Rule(threshold, policy.keep_unscored, adapter), results
+
+
+def _adapter(
+    detector: Detector | None, run: Run, policy: ThresholdPolicy, samples: Mapping[str, int]
+) -> tuple[ScoreAdapter, NDArray[np.float32]]:
+    """What turns score rows into the scores that decide, and those of clean held-out images, sorted upwards."""
+    if detector is None:
+        return ScoreAdapter(), np.empty(0, np.float32)
+    calibration, adapter = detector.calibration(run.effort), ScoreAdapter()
+    if policy.adapt and detector.evidence and detector.clean_reference:
+        adapter = evidence_adapter(samples, detector.clean_reference, detector.combination(), calibration)
+    elif policy.adapt:
+        adapter = score_adapter(samples, detector.adaptable_reference(run.effort), calibration)
+    if not policy.agreement:
+        return adapter, calibration
+    departures = _departures(detector, run)
+    test = agreement_test_of(samples, departures)
+    if test is None or detector.clean_reference is None:
+        return adapter, calibration
+    null = test.combined(detector.calibration_scores(run.effort), departures)
+    if policy.adapt:
+        test = adapted_agreement(samples, detector.clean_reference, test)
+    return AgreementScores(test, adapter), np.sort(null)
 
 
 def _refuse_to_remove_most(results: Sequence[CleanResult], force: bool) -> None:

@@ -3,7 +3,7 @@
 import io
 import itertools
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -262,3 +262,23 @@ def members(path: Path) -> list[tuple[str, bytes, bytes]]:
     data = path.read_bytes()
     with tarfile.open(path) as tar:
         return [(m.name, data[m.offset : m.offset_data], data[m.offset_data : m.offset_data + m.size]) for m in tar]
+
+
+def write_noisy(folder: Path, deviation: float) -> Path:
+    """600 noisy images; the auxiliary ones are smooth."""
+    return _write_changed(
+        folder, lambda image, seed: image + np.random.default_rng(seed).normal(0, deviation, image.shape)
+    )
+
+
+def write_dim(folder: Path) -> Path:
+    """600 images of half the contrast."""
+    return _write_changed(folder, lambda image, _: image * 0.5 + 60)
+
+
+def _write_changed(folder: Path, change: Callable[[np.ndarray, int], np.ndarray]) -> Path:
+    for number in range(2):
+        images = {i: change(random_image(i), i) for i in range(300 * number, 300 * number + 300)}
+        members = [(f"s{i:06d}.png", encoded(image.clip(0, 255).astype(np.uint8))) for i, image in images.items()]
+        write_tar(folder / f"part-{number:04d}.tar", members)
+    return folder

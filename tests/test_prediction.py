@@ -1,6 +1,7 @@
 """Prediction: an eye learns what an encoder makes of benign images, and sees where it departs; fit refuses and warns in words."""
 
 import dataclasses
+import itertools
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from builders import (
     random_images,
     scores_by_key,
     table,
+    write_dim,
     write_encoder,
     write_shards,
 )
@@ -167,11 +169,28 @@ def test_agreement_joins_the_decisions_on_request_alone_and_the_scan_stays_as_it
     scan(ScanConfig((str(shards),), with_student, out, precision="fp32", workers=0, force=True))
     before = decided(out)
     clean(out, ThresholdPolicy(agreement=True), force=True)
-    assert storage.read_json(f"{out}/summary.json")["scores"].startswith("with agreement ")
+    assert storage.read_json(f"{out}/summary.json")["scores"].startswith("as scored, with agreement ")
     scores = decision_table(out).column("score").to_numpy()
     assert np.isfinite(scores).all()
     clean(out, ThresholdPolicy(), force=True)
     assert decided(out) == before
+
+
+def test_fewer_of_other_clean_images_are_lost_when_pass_2_adapts_the_evidence(with_student, tmp_path):
+    out = str(tmp_path / "out")
+    shards = write_dim(tmp_path / "in")
+    scan(ScanConfig((str(shards),), with_student, out, precision="fp32", workers=0, scores_only=True))
+    results = {}
+    for adapt, agreement in itertools.product((False, True), repeat=2):
+        policy = ThresholdPolicy(fpr=0.05, adapt=adapt, agreement=agreement)
+        results[adapt, agreement] = clean(out, policy, force=True), storage.read_json(f"{out}/summary.json")["scores"]
+    for agreement in (False, True):
+        (plain, as_it_is), (moved, adapted) = (results[adapt, agreement] for adapt in (False, True))
+        assert plain.threshold == moved.threshold
+        assert moved.removed < plain.removed / 2
+        assert "adapted evidence " not in as_it_is and adapted.startswith("adapted evidence ")
+    assert results[False, False][1] == "as scored"
+    assert " with agreement " in results[True, True][1]
 
 
 def test_agreement_needs_a_prediction_and_a_policy_that_compares(detector, scan_config, tmp_path):

@@ -1,5 +1,4 @@
-"""The score that decides in pass 2: the one of the table; for the scorer `evidence`, joined by how samples agree with each other
-(agreement.py); for the scorer `reaction`, adapted to the bulk of the scan.
+"""The score that decides in pass 2: the one of the table, or adapted to the bulk of the scan; here of the scorer `reaction`.
 
 A detector knows clean images from its auxiliary set. A scan of other images has other clean statistics, and more of them
 cross the threshold than promised. The columns of pass 1 are enough to move centre and covariance to the scan's own bulk.
@@ -20,9 +19,8 @@ from sanitize import storage
 from sanitize.errors import StorageError
 from sanitize.progress import ProgressDisplay
 from sanitize.stages import score_table
-from sanitize.stages.agreement import NEIGHBOURS, NONE, POOL, AgreementTest, Departures, agreement_test
 from sanitize.stages.clean_reference import CleanReference, adapted
-from sanitize.stages.evidence import AGREEMENT
+from sanitize.stages.score_table import STATISTICS_COLUMNS
 from sanitize.stages.tails import fit_tail
 
 log = logging.getLogger(__name__)
@@ -31,6 +29,9 @@ MIN_SAMPLES = 500  # different images; fewer give no covariance to rely on
 MAX_ROWS = 100_000  # that the bulk is estimated from, drawn from the scan
 MAX_FLAGGED = 0.2  # of the scan above what 1 % of clean images exceed: more, and its bulk proves nothing
 FEW_FLAGGED = 0.05  # of the scan, that adapting may flag whatever was flagged before
+UNTRUSTED = (
+    "Its bulk may not be clean. Look at `sanitize audit`; if those are clean, fit with auxiliary images more like these"
+)
 
 
 class ScoreAdapter:
@@ -69,7 +70,7 @@ class AdaptedScores(ScoreAdapter):
     """Of the scorer `reaction`: distances from a reference that was moved to the bulk of the scan."""
 
     reference: CleanReference
-    columns = score_table.STATISTICS_COLUMNS
+    columns = STATISTICS_COLUMNS
 
     def scores(self, table: pa.Table) -> Floats:
         return self.reference.distance(torch.from_numpy(score_table.statistics(table))).numpy()
@@ -78,23 +79,6 @@ class AdaptedScores(ScoreAdapter):
     def identity(self) -> str:
         tensors = {"centre": self.reference.centre.tolist(), "precision": self.reference.precision.tolist()}
         return f"adapted {storage.json_sha256(tensors)[:12]}"
-
-
-@dataclass(frozen=True)
-class AgreementScores(ScoreAdapter):
-    """Of the scorer `evidence`: joined by how samples agree with each other."""
-
-    test: AgreementTest
-    columns = ("score", *score_table.VECTORS)
-
-    def scores(self, table: pa.Table) -> Floats:
-        scores, (departures, has) = score_table.numbers(table, "score"), score_table.departures(table)
-        scores[has] = self.test.combined(scores[has], departures)
-        return scores
-
-    @property
-    def identity(self) -> str:
-        return f"with agreement {self.test.identity}"
 
 
 def score_adapter(samples: Mapping[str, int], reference: CleanReference | None, calibration: Floats) -> ScoreAdapter:
@@ -125,24 +109,13 @@ def score_adapter(samples: Mapping[str, int], reference: CleanReference | None, 
     return AdaptedScores(moved)
 
 
-def agreement_test_of(samples: Mapping[str, int], clean: Departures) -> AgreementTest | None:
-    """samples: score file → how many; clean: of the calibration images. None: too few images to compare. Memory: one file and the pool."""
-    pool = NONE
-    for table in score_table.read_each(list(samples), list(score_table.VECTORS)):
-        pool = pool.joined(score_table.departures(table)[0]).longest(POOL)
-    return agreement_test(pool, clean, AGREEMENT) if len(pool) > NEIGHBOURS else None
-
-
 def reason_not_to_adapt(scores: Floats, calibration: Floats) -> str:
     """Why the bulk of a scan with these finite scores (N,) says nothing about clean images; "" when it can be trusted."""
     if len(scores) < MIN_SAMPLES:
         return f"{len(scores)} different scored images, {MIN_SAMPLES} are needed"
     flagged = flagged_share(scores, calibration)
     if flagged > MAX_FLAGGED:
-        return (
-            f"{flagged:.0%} of it stands out, so its bulk may not be clean. Look at `sanitize audit`; if those are clean, fit with "
-            "auxiliary images more like these"
-        )
+        return f"{flagged:.0%} of it stands out. {UNTRUSTED}"
     return ""
 
 
@@ -152,16 +125,26 @@ def flagged_share(scores: Floats, calibration: Floats) -> float:
 
 
 def distinct_statistics(samples: Mapping[str, int], key: bytes, limit: int = MAX_ROWS) -> Floats:
-    """(N, V + 2) of the scored samples of score files, each image once (by its SHA-256: copies of one image are no bulk), about
-    `limit` of them.
+    """(N, V + 2) of images of which every statistic is known; see `distinct_rows`."""
+    rows = score_table.statistics(distinct_rows(samples, STATISTICS_COLUMNS, STATISTICS_COLUMNS, key, limit))
+    return rows[np.isfinite(rows).all(axis=1)]
+
+
+def distinct_rows(
+    samples: Mapping[str, int], columns: Sequence[str], known: Sequence[str], key: bytes, limit: int = MAX_ROWS
+) -> pa.Table:
+    """These columns of score files, each image once (by its SHA-256: copies of one image are no bulk), where the `known` ones are not
+    null; about `limit` images.
 
     key: of the draw; an attacker who knew which images are drawn could make its own the bulk
     """
     share = limit / max(sum(samples.values()), 1)
-    parts, seen = [np.empty((0, len(score_table.STATISTICS_COLUMNS)), np.float32)], set[str]()
-    for table in score_table.read_each(list(samples), [*score_table.STATISTICS_COLUMNS, "sha256"]):
-        statistics, digests = score_table.statistics(table), table.column("sha256")
-        candidates = np.flatnonzero(np.isfinite(statistics).all(axis=1))
+    parts, seen = [], set[str]()
+    for table in score_table.read_each(list(samples), list(dict.fromkeys([*columns, *known, "sha256"]))):
+        valid = np.ones(len(table), bool)
+        for name in known:
+            valid &= table.column(name).is_valid().to_numpy(zero_copy_only=False)
+        candidates, digests = np.flatnonzero(valid), table.column("sha256")
         if share < 1:
             candidates = candidates[_drawn(digests.take(candidates), key) < share]
         rows = []
@@ -169,8 +152,8 @@ def distinct_statistics(samples: Mapping[str, int], key: bytes, limit: int = MAX
             if digest not in seen:
                 seen.add(digest)
                 rows.append(row)
-        parts.append(statistics[rows])
-    return np.concatenate(parts)
+        parts.append(table.select(list(columns)).take(pa.array(rows, pa.int64())))
+    return pa.concat_tables(parts)
 
 
 def _drawn(digests: pa.ChunkedArray, key: bytes) -> NDArray[np.float64]:

@@ -107,7 +107,7 @@ class AgreementTest:
     @property
     def identity(self) -> str:
         digest = hashlib.sha256(self.pool.residuals.tobytes() + self.pool.hashes.tobytes())
-        digest.update(self.tail.calibration.tobytes() + str(self.weight).encode())
+        digest.update(self.tail.calibration.tobytes() + f"{self.tail.start} {self.tail.scale} {self.weight}".encode())
         return digest.hexdigest()[:12]
 
 

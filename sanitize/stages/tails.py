@@ -10,6 +10,8 @@ Floats = NDArray[np.float32]
 TOP = 0.1  # share of the calibration values that the tail is fitted to
 FEWEST = 5  # of them; fewer tell nothing of a tail, and the largest ones are taken all the same
 HEAVIEST = 0.5  # shape of the tail: heavier ones have no variance and come of single odd images
+BULK = (0.05, 0.25)  # quantiles that say where a scan lies: poison is above them, and moves them little
+STEADIEST = 0.25  # spread of a scan, relative to calibration's, that is followed: images that are almost one image vary in nothing
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,17 @@ class Tail:
             return float(np.quantile(self.calibration, 1 - p, method="higher"))
         ratio = self.above / p
         return self.start + self.scale * (math.log(ratio) if self.shape == 0 else (ratio**self.shape - 1) / self.shape)
+
+    def moved_to(self, bulk: Floats) -> "Tail":
+        """The same distribution where the values (N,) of a scan lie: its BULK quantiles are theirs."""
+        low, high = np.quantile(bulk.astype(np.float64), BULK)
+        own_low, own_high = np.quantile(self.calibration.astype(np.float64), BULK)
+        if own_high <= own_low:
+            return self
+        ratio = max(float((high - low) / (own_high - own_low)), STEADIEST)
+        known = (self.calibration - own_high) * ratio + high
+        start = float((self.start - own_high) * ratio + high)
+        return Tail(known.astype(np.float32), start, self.above, self.shape, self.scale * ratio)
 
 
 def fit_tail(calibration: Floats) -> Tail:
