@@ -12,11 +12,18 @@ from sanitize import storage
 from sanitize.artifacts.detector_folder import Detector, load_detector
 from sanitize.artifacts.scan_folder import Run, ScanFolder, ShardMarker
 from sanitize.config import ThresholdPolicy
-from sanitize.errors import ConfigError, RefusedError
+from sanitize.errors import ConfigError, RefusedError, SanitizeError
 from sanitize.stages import thresholds
-from sanitize.stages.adaptation import AgreementScores, agreement_test_of, score_adapter
+from sanitize.stages.adaptation import (
+    AdaptedScores,
+    AgreementScores,
+    ScoreAdapter,
+    agreement_test_of,
+    score_adapter,
+)
 from sanitize.stages.agreement import Departures
 from sanitize.stages.decision_table import Rule
+from sanitize.stages.reasons import EvidenceReasons, OneStatistic, ReactionReasons, Reasons, without_embeddings
 
 log = logging.getLogger(__name__)
 RARE = 0.01  # share of poison that every policy should be able to act on
@@ -82,7 +89,8 @@ def find_rule(scans: Sequence[Scanned], policy: ThresholdPolicy, force: bool) ->
         kept = int(thresholds.keep(part, threshold, policy.keep_unscored).sum())
         results.append(CleanResult(threshold, kept, len(part) - kept, int(np.isnan(part).sum()), ()))
     _refuse_to_remove_most(results, force)
-    return Rule(threshold, policy.keep_unscored, adapter), results
+    reasons = _reasons(detector or _detector_if_there(first), first, adapter, calibration)
+    return Rule(threshold, policy.keep_unscored, adapter, reasons), results
 
 
 def _refuse_to_remove_most(results: Sequence[CleanResult], force: bool) -> None:
@@ -127,6 +135,35 @@ def _detector(out: str, run: Run, policy: ThresholdPolicy) -> Detector | None:
             f"{run.detector}: is not the detector that {out} was scanned with. Restore it, or scan again."
         )
     return detector
+
+
+def _detector_if_there(run: Run) -> Detector | None:
+    """For reasons alone."""
+    try:
+        detector = load_detector(run.detector)
+        if detector.fingerprint == run.detector_fingerprint:
+            return detector
+        why = f"{run.detector}: is not the detector that this was scanned with"
+    except SanitizeError as error:
+        why = str(error)
+    log.warning("why samples are removed is not known, the column `reason` says only that they are: %s", why)
+    return None
+
+
+def _reasons(detector: Detector | None, run: Run, adapter: ScoreAdapter, calibration: NDArray[np.float32]) -> Reasons:
+    """calibration: of the scores that decide; empty where a policy compares with none."""
+    if detector is None:
+        return Reasons(calibration)
+    if not len(calibration):
+        calibration = detector.calibration(run.effort)
+    if detector.clean_reference is None:
+        return OneStatistic(calibration)
+    reference = adapter.reference if isinstance(adapter, AdaptedScores) else detector.clean_reference
+    reference = without_embeddings(reference)
+    if not detector.evidence:
+        return ReactionReasons(calibration, reference)
+    test = adapter.test if isinstance(adapter, AgreementScores) else None
+    return EvidenceReasons(calibration, reference, detector.combination(), test)
 
 
 def _departures(detector: Detector, run: Run) -> Departures:

@@ -120,7 +120,7 @@ class ShardMarker:
 @dataclass(frozen=True)
 class Summary:
     """Pass 2 of the whole scan. scores: which scores decided; rule: identity of the Rule; markers_sha256: of markers.jsonl;
-    together: folders of the other scans that were decided with it, by one rule."""
+    together: folders of the other scans that were decided with it, by one rule; decision_format: of decisions/."""
 
     policy: ThresholdPolicy
     scores: str
@@ -136,6 +136,7 @@ class Summary:
     rule: str = ""
     markers_sha256: str = ""
     together: tuple[str, ...] = ()
+    decision_format: int = 1
 
 
 def decision_identity(keep: NDArray[np.bool_]) -> str:

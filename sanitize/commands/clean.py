@@ -31,7 +31,7 @@ from sanitize.paths import AnyPath, path_text
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 from sanitize.runtime import Resources
-from sanitize.stages import score_table
+from sanitize.stages import decision_table, score_table
 from sanitize.stages.decision_table import Decisions, Rule, write_decisions
 from sanitize.stages.splitting import ScoredShard, split_shard
 from sanitize.stages.unpacking import is_compressed
@@ -97,6 +97,8 @@ def _finished(scan: Scanned, scans: Sequence[Scanned], policy: ThresholdPolicy, 
         return None
     if (summary.policy, summary.together) != (policy, scan.others(scans)) or len(scan.markers) < summary.shards:
         return None
+    if summary.decision_format != decision_table.FORMAT:
+        return None
     if not all(_is_split(m, summary.rule) and m.files.keys() <= scan.present for m in scan.markers):
         return None
     if is_most(summary.removed, summary.samples) and not force:
@@ -148,6 +150,7 @@ def _split_all(
         loose_members=sum(marker.input.loose_members for marker in markers),
         rule=rule.identity,
         together=scan.others(scans),
+        decision_format=decision_table.FORMAT,
     )
     folder.write_summary(summary, markers)
     return result
