@@ -2,8 +2,8 @@
 
 import hashlib
 import io
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sanitize import storage
-from sanitize.errors import RefusedError
+from sanitize.errors import RefusedError, ShardError
 from sanitize.hashing import HashingWriter
 from sanitize.parquet import read_table
+from sanitize.records import Word
 from sanitize.stages import thresholds
 from sanitize.stages.adaptation import ScoreAdapter
 from sanitize.stages.reasons import CONTRIBUTIONS, P_VALUES, Explanation, Reasons
@@ -39,16 +40,18 @@ SCHEMA = _FIRST_FORMAT.append(pa.field("contributions", CONTRIBUTION)).append(pa
 
 @dataclass(frozen=True)
 class Rule:
-    """How pass 2 turns the score rows of any shard into decisions: one rule for the whole scan."""
+    """How pass 2 turns the score rows of any shard into decisions: one rule for the whole scan. words: of people, by stem; each
+    overrides the score of a sample."""
 
     threshold: float
     keep_unscored: bool
     adapter: ScoreAdapter
     reasons: Reasons
+    words: Mapping[str, Sequence[Word]] = field(default_factory=dict)
 
     @property
     def identity(self) -> str:
-        """Equal rules decide the same score table alike."""
+        """Equal rules decide the same score table alike, words apart."""
         parts = [str(np.float32(self.threshold)), self.keep_unscored, self.adapter.identity, self.reasons.identity]
         return storage.json_sha256(parts)[:32]
 
@@ -58,15 +61,25 @@ class Rule:
         names = ["shard", "key", "index", "status", "reason", *self.adapter.columns, *self.reasons.columns]
         return list(dict.fromkeys(names))
 
-    def decide(self, table: pa.Table) -> pa.Table:
+    def identity_of(self, stem: str) -> str:
+        """With the words on this shard: a new one lets only the shards be split again that hold its samples."""
+        return split_identity(self.identity, self.words.get(stem, ()))
+
+    def decide(self, table: pa.Table, stem: str = "") -> pa.Table:
         """Score rows of one shard → rows of SCHEMA."""
+        words = self.words.get(stem, ())
+        places = _places(words, table, stem)
         scores = self.adapter.scores(table)
         keep = thresholds.keep(scores, self.threshold, self.keep_unscored)
-        chosen = np.flatnonzero(np.isfinite(scores) & ~keep)
+        asked = ~keep
+        keep[places] = [word.release for word in words]
+        asked[places] = True
+        chosen = np.flatnonzero(np.isfinite(scores) & asked)
         told = self._reasons_for(table).explain(table.take(chosen), scores[chosen])
         unscored = pc.binary_join_element_wise(table.column("status"), table.column("reason"), ": ")
         reasons = pc.if_else(pc.equal(table.column("status"), "ok"), "", unscored).to_numpy(zero_copy_only=False)
         reasons[chosen] = told.words
+        reasons[places] = [word.reason for word in words]
         columns = {name: table.column(name) for name in ("shard", "key", "index")}
         columns["keep"] = pa.array(keep)
         columns["reason"] = pa.array(reasons, pa.string())
@@ -80,6 +93,24 @@ class Rule:
         return (
             self.reasons if set(self.reasons.columns) <= set(table.column_names) else Reasons(self.reasons.calibration)
         )
+
+
+def split_identity(rule: str, words: Sequence[Word]) -> str:
+    """Of what decides on one shard: the rule of the whole scan, and the words on its own samples."""
+    said = [[word.index, word.key, word.release, word.reason] for word in words]
+    return storage.json_sha256([rule, said])[:32] if said else rule
+
+
+def _places(words: Sequence[Word], table: pa.Table, stem: str) -> NDArray[np.int64]:
+    """Rows of the samples that words are about."""
+    places = np.array([word.index for word in words], np.int64)
+    known = places[places < len(table)]
+    if table.column("key").take(known).to_pylist() != [word.key for word in words]:
+        raise ShardError(
+            f"{stem}: what people decided (reviews/) is about other samples than its score table has. Restore both from one backup, "
+            "or decide without it: `sanitize clean --ignore-reviews`."
+        )
+    return places
 
 
 def _explained(told: Explanation, chosen: NDArray[np.intp], count: int) -> dict[str, pa.Array]:
