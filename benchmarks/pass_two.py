@@ -21,6 +21,7 @@ from benchmarks.many_shards import SPEC
 from benchmarks.scan import OUT, detector_for
 from sanitize import storage
 from sanitize.artifacts.detector_folder import Detector, load_detector
+from sanitize.artifacts.reviews import Reviews
 from sanitize.artifacts.scan_folder import InputShard, Run, ScanFolder, ShardInput, ShardMarker
 from sanitize.config import ThresholdPolicy
 from sanitize.deciding import Scanned, find_rule
@@ -100,7 +101,7 @@ def main() -> None:
     shards = {marker.shard: InputShard("", 0, "") for marker in markers}
     fingerprint = load_detector(detector).fingerprint
     run = Run(storage.absolute(detector), fingerprint, {}, "", "", "thorough", "fp32", shards, {})
-    scanned = Scanned(folder, run, markers, set(), False)
+    scanned = Scanned(folder, run, markers, set(), False, Reviews(), {})
     paths = [folder.scores(marker.shard) for marker in markers]
     for name, columns in (("score", ["score"]), ("statistics", score_table.STATISTICS_COLUMNS)):
         with measured(f"bound: read {name} only", rows):

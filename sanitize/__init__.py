@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it, `__all__` and `_HO
     from sanitize.commands.list_samples import ListResult, list_samples
     from sanitize.commands.pack import PackResult, pack
     from sanitize.commands.poison import PoisonResult, poison
+    from sanitize.commands.review import ReviewResult, review
     from sanitize.commands.scan import ScanResult, scan
     from sanitize.commands.verify import VerifyResult, verify
     from sanitize.config import EncoderSpec, FinetuneConfig, FitConfig, ScanConfig, ThresholdPolicy
@@ -45,6 +46,7 @@ __all__ = [
     "ListResult",
     "PackResult",
     "PoisonResult",
+    "ReviewResult",
     "SanitizeError",
     "ScanConfig",
     "ScanResult",
@@ -65,6 +67,7 @@ __all__ = [
     "make_trigger",
     "pack",
     "poison",
+    "review",
     "scan",
     "verify",
 ]
@@ -84,6 +87,7 @@ _HOMES = {  # module → the names of the library that live there
     "commands.list_samples": ("list_samples", "ListResult"),
     "commands.pack": ("pack", "PackResult"),
     "commands.poison": ("poison", "PoisonResult"),
+    "commands.review": ("review", "ReviewResult"),
     "kept_samples": ("KeptSamples", "keep_only"),
     "config": ("EncoderSpec", "FinetuneConfig", "FitConfig", "ScanConfig", "ThresholdPolicy"),
     "config_loading": ("load_encoder_spec",),

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from sanitize import __version__, process
-from sanitize.cli_around import check_encoder, init, inspect, list_samples, pack, poison
+from sanitize.cli_around import check_encoder, init, inspect, list_samples, pack, poison, review
 from sanitize.cli_options import (
     build_config,
     common_options,
@@ -19,7 +19,7 @@ from sanitize.cli_options import (
     settings_of,
     take_policy,
 )
-from sanitize.cli_output import EXIT_CODES, Command, quiet_option, tell
+from sanitize.cli_output import EXIT_CODES, Command, cleaned, exit_for_shards, quiet_option, tell
 from sanitize.config import MODES, PRECISIONS, SCORERS, FinetuneConfig, FitConfig, ScanConfig, ThresholdPolicy
 from sanitize.config_loading import from_mapping, overlay, to_mapping
 from sanitize.errors import ConfigError
@@ -131,22 +131,9 @@ def scan(shards: tuple[str, ...], config: str, settings: tuple[str, ...], dry_ru
         return
     result = run(settings_of_scan)
     lines = [f"{result.out}: {result.samples} samples scored, {result.unscored} without a score"]
-    tell(result, *lines, *([_cleaned(result.out, result.cleaned)] if result.cleaned else []))
+    tell(result, *lines, *([cleaned(result.out, result.cleaned)] if result.cleaned else []))
     failed = [*result.failed, *result.damaged, *(result.cleaned.failed if result.cleaned else ())]
-    _exit_for_shards(failed)
-
-
-def _cleaned(out: str, result: Any) -> str:
-    total = result.kept + result.removed
-    return f"{out}/clean: {result.kept} of {total} samples kept; {result.removed} in {out}/quarantine (threshold {result.threshold:.4g})"
-
-
-def _exit_for_shards(failed: Sequence[str]) -> None:
-    for message in failed:
-        click.echo(f"shard: {message}", err=True)
-    if failed:
-        click.echo(f"{len(failed)} shard(s) failed or are damaged; everything else is done.", err=True)
-        sys.exit(1)
+    exit_for_shards(failed)
 
 
 @main.command()
@@ -192,7 +179,7 @@ def finetune(shards: tuple[str, ...], config: str, settings: tuple[str, ...], **
         f"{result.out}: {result.mode} trained on {result.samples} samples, {left_out} left out, last loss {last['loss']:.4f}",
         *(f"  {name.replace('_', ' ')}: {value:.4g}" for name, value in result.evaluation.items()),
     )
-    _exit_for_shards(result.failed)
+    exit_for_shards(result.failed)
 
 
 @main.command()
@@ -201,9 +188,17 @@ def finetune(shards: tuple[str, ...], config: str, settings: tuple[str, ...], **
 @click.option("--address", default="", help="Ray cluster to join")
 @click.option("--config", default="", help="YAML whose scan.policy counts [default: sanitize.yaml if it is here]")
 @click.option("--dry-run", is_flag=True, help="Say what would be kept; write nothing")
+@click.option("--ignore-reviews", is_flag=True, help="The score alone decides this time; reviews stay for the next")
 @policy_options
 def clean(
-    scanned: tuple[str, ...], force: bool | None, workers: int, address: str, config: str, dry_run: bool, **options: Any
+    scanned: tuple[str, ...],
+    force: bool | None,
+    workers: int,
+    address: str,
+    config: str,
+    dry_run: bool,
+    ignore_reviews: bool,
+    **options: Any,
 ) -> None:
     """Split the shards of SCANNED [default: scanned] again at another threshold; scores are read, never computed. Several scans are
     decided by one rule, as if they were one.
@@ -219,13 +214,14 @@ def clean(
     policy = from_mapping(ThresholdPolicy, values.get("policy", {}), "policy")
     outs = [out.rstrip("/") for out in scanned or ("scanned",)]
     if dry_run:
-        would = preview(outs, policy)
-        tell(_by_folder(outs, would), *(f"would write {_cleaned(*pair)}" for pair in zip(outs, would, strict=True)))
+        would = preview(outs, policy, ignore_reviews)
+        tell(_by_folder(outs, would), *(f"would write {cleaned(*pair)}" for pair in zip(outs, would, strict=True)))
         return
     resources = runtime.plan(workers, 1, 0, workers, address)
-    results = clean_together(outs, policy, force=bool(values.get("force")), resources=resources, address=address)
-    tell(_by_folder(outs, results), *(_cleaned(*pair) for pair in zip(outs, results, strict=True)))
-    _exit_for_shards([message for result in results for message in result.failed])
+    how: dict[str, Any] = {"force": bool(values.get("force")), "ignore_reviews": ignore_reviews}
+    results = clean_together(outs, policy, resources=resources, address=address, **how)
+    tell(_by_folder(outs, results), *(cleaned(*pair) for pair in zip(outs, results, strict=True)))
+    exit_for_shards([message for result in results for message in result.failed])
 
 
 def _by_folder(outs: Sequence[str], results: Sequence[Any]) -> Any:
@@ -273,7 +269,7 @@ def verify(scanned: str, deep: bool, repair: bool) -> None:
         sys.exit(1)
 
 
-for command in (pack, list_samples, check_encoder, inspect, poison, init):
+for command in (pack, list_samples, review, check_encoder, inspect, poison, init):
     main.add_command(command)
 
 

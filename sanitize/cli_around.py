@@ -1,4 +1,4 @@
-"""Commands around the main job: pack, list, inspect, poison, check-encoder, init."""
+"""Commands around the main job: pack, list, review, inspect, poison, check-encoder, init."""
 
 import sys
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from sanitize.cli_options import parse_settings
-from sanitize.cli_output import tell
+from sanitize.cli_output import cleaned, exit_for_shards, tell
 from sanitize.config_loading import from_mapping, load_encoder_spec, overlay
 from sanitize.errors import check
 
@@ -92,6 +92,42 @@ def list_samples(scanned: str, file: str, only: str | None, originals: str) -> N
     if result.failed:
         click.echo(f"{len(result.failed)} shard(s) are not listed; everything else is.", err=True)
         sys.exit(1)
+
+
+@click.command()
+@click.argument("scanned", default="scanned")
+@click.option(
+    "--release", default="", metavar="FILE", help="Samples to keep: a key a line, or .csv or .parquet (shard, key)"
+)
+@click.option("--remove", default="", metavar="FILE", help="Samples to remove, likewise")
+@click.option("--withdraw", default="", metavar="FILE", help="Samples that the score is to decide again")
+@click.option(
+    "--decisions", default="", metavar="FILE", help="CSV with columns shard, key, word, as the report exports it"
+)
+@click.option("--by", default="", help="Who decides; recorded")
+@click.option("--note", default="", help="Why; recorded, and the reason in the decisions")
+@click.option("--release-unscored", is_flag=True, help="Also release samples that have no score")
+@click.option("--workers", default=0, show_default=True, help="Ray workers that copy; 0 = this process")
+@click.option("--address", default="", help="Ray cluster to join")
+def review(scanned: str, workers: int, address: str, **options: Any) -> None:
+    """A person's word over the score: recorded, and decisions and clean shards follow. Later `clean` and `scan` keep to it.
+
+    \b
+    Example:  sanitize review scanned/ --release keys.txt --by "Ada" --note "looked at all three"
+              sanitize review scanned/ --decisions decisions.csv --by "Ada"
+    """
+    from sanitize import runtime
+    from sanitize.commands.review import review as run
+
+    out, resources = scanned.rstrip("/"), runtime.plan(workers, 1, 0, workers, address)
+    result = run(out, resources=resources, address=address, **options)
+    counts = f"{result.released} released, {result.removed} removed, {result.withdrawn} withdrawn"
+    tell(
+        result,
+        f"{out}/{result.record}: {counts}; {result.changed} of them changed sides",
+        cleaned(out, result.cleaned),
+    )
+    exit_for_shards(result.cleaned.failed)
 
 
 @click.command()

@@ -7,6 +7,8 @@ import logging
 import math
 import os
 import signal
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -52,6 +54,22 @@ def tell(result: Any, *lines: str) -> None:
         lines = (json.dumps(plain_numbers(values), sort_keys=True),)
     for line in lines:
         click.echo(line)
+
+
+def cleaned(out: str, result: Any) -> str:
+    """Of pass 2, a CleanResult, in one line."""
+    total, cut = result.kept + result.removed, f"threshold {result.threshold:.4g}"
+    said = f"; {result.reviewed} decided by a person" if result.reviewed else ""
+    return f"{out}/clean: {result.kept} of {total} samples kept; {result.removed} in {out}/quarantine ({cut}{said})"
+
+
+def exit_for_shards(failed: Sequence[str]) -> None:
+    """With exit code 1 where shards failed; each message is told."""
+    for message in failed:
+        click.echo(f"shard: {message}", err=True)
+    if failed:
+        click.echo(f"{len(failed)} shard(s) failed or are damaged; everything else is done.", err=True)
+        sys.exit(1)
 
 
 def plain_numbers(value: Any) -> Any:

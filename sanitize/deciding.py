@@ -10,14 +10,23 @@ from numpy.typing import NDArray
 
 from sanitize import storage
 from sanitize.artifacts.detector_folder import Detector, load_detector
+from sanitize.artifacts.reviews import Reviews, read_reviews
 from sanitize.artifacts.scan_folder import Run, ScanFolder, ShardMarker
 from sanitize.config import ThresholdPolicy
-from sanitize.errors import ConfigError, RefusedError
+from sanitize.errors import ConfigError, RefusedError, SanitizeError
+from sanitize.records import Word
 from sanitize.stages import thresholds
-from sanitize.stages.adaptation import ScoreAdapter, score_adapter
+from sanitize.stages.adaptation import AdaptedScores, ScoreAdapter, score_adapter
 from sanitize.stages.agreement import Departures
 from sanitize.stages.decision_table import Rule
-from sanitize.stages.evidence_adaptation import AgreementScores, adapted_agreement, agreement_test_of, evidence_adapter
+from sanitize.stages.evidence_adaptation import (
+    AdaptedEvidence,
+    AgreementScores,
+    adapted_agreement,
+    agreement_test_of,
+    evidence_adapter,
+)
+from sanitize.stages.reasons import EvidenceReasons, OneStatistic, ReactionReasons, Reasons, without_embeddings
 
 log = logging.getLogger(__name__)
 RARE = 0.01  # share of poison that every policy should be able to act on
@@ -25,32 +34,37 @@ RARE = 0.01  # share of poison that every policy should be able to act on
 
 @dataclass(frozen=True)
 class CleanResult:
-    """Counts of samples; `failed` names shards that could not be copied."""
+    """Counts of samples; reviewed: that a person's word decided; `failed` names shards that could not be copied."""
 
     threshold: float
     kept: int
     removed: int
     unscored: int
     failed: tuple[str, ...]
+    reviewed: int = 0
 
 
 @dataclass(frozen=True)
 class Scanned:
-    """A scan as pass 2 finds it. present: names of its files; committed: all markers are those of a finished pass 2."""
+    """A scan as pass 2 finds it. present: names of its files; committed: all markers are those of a finished pass 2; reviews: that it
+    decides by; words: theirs, by stem."""
 
     folder: ScanFolder
     run: Run
     markers: list[ShardMarker]
     present: set[str]
     committed: bool
+    reviews: Reviews
+    words: dict[str, tuple[Word, ...]]
 
     @classmethod
-    def of(cls, out: str) -> "Scanned":
+    def of(cls, out: str, ignore_reviews: bool = False) -> "Scanned":
         folder = ScanFolder(out)
+        reviews = Reviews() if ignore_reviews else read_reviews(folder, folder.summary())
         run, committed = folder.run(), folder.committed_markers()
         markers = folder.markers(sorted(run.shards), committed)
         whole = [*committed] == [marker.shard for marker in markers]
-        return cls(folder, run, markers, folder.present_files(), whole)
+        return cls(folder, run, markers, folder.present_files(), whole, reviews, reviews.words())
 
     def others(self, scans: Sequence["Scanned"]) -> tuple[str, ...]:
         """Of the scans that are decided together, as the summary names them."""
@@ -74,11 +88,25 @@ def find_rule(scans: Sequence[Scanned], policy: ThresholdPolicy, force: bool) ->
     _warn_of_small_calibration(policy, threshold, len(calibration))
     _warn_of_a_divided_group(scores, threshold)
     results = []
-    for part in np.split(scores, np.cumsum([sum(marker.samples for marker in scan.markers) for scan in scans])[:-1]):
-        kept = int(thresholds.keep(part, threshold, policy.keep_unscored).sum())
-        results.append(CleanResult(threshold, kept, len(part) - kept, int(np.isnan(part).sum()), ()))
+    ends = np.cumsum([sum(marker.samples for marker in scan.markers) for scan in scans])
+    for scan, part in zip(scans, np.split(scores, ends[:-1]), strict=True):
+        keep = thresholds.keep(part, threshold, policy.keep_unscored)
+        reviewed, kept = _override(keep, scan), int(keep.sum())
+        results.append(CleanResult(threshold, kept, len(part) - kept, int(np.isnan(part).sum()), (), reviewed))
     _refuse_to_remove_most(results, force)
-    return Rule(threshold, policy.keep_unscored, adapter), results
+    reasons = _reasons(detector or _detector_if_there(first), first, adapter, calibration)
+    return Rule(threshold, policy.keep_unscored, adapter, reasons), results
+
+
+def _override(keep: NDArray[np.bool_], scan: Scanned) -> int:
+    """Set what people decided in `keep`, (N,) of all samples of the scan; how many that are."""
+    start = reviewed = 0
+    for marker in scan.markers:
+        words = scan.words.get(marker.shard, ())
+        keep[[start + word.index for word in words]] = [word.release for word in words]
+        reviewed += len(words)
+        start += marker.samples
+    return reviewed
 
 
 def _adapter(
@@ -146,6 +174,36 @@ def _detector(out: str, run: Run, policy: ThresholdPolicy) -> Detector | None:
             f"{run.detector}: is not the detector that {out} was scanned with. Restore it, or scan again."
         )
     return detector
+
+
+def _detector_if_there(run: Run) -> Detector | None:
+    """For reasons alone."""
+    try:
+        detector = load_detector(run.detector)
+        if detector.fingerprint == run.detector_fingerprint:
+            return detector
+        why = f"{run.detector}: is not the detector that this was scanned with"
+    except SanitizeError as error:
+        why = str(error)
+    log.warning("why samples are removed is not known, the column `reason` says only that they are: %s", why)
+    return None
+
+
+def _reasons(detector: Detector | None, run: Run, adapter: ScoreAdapter, calibration: NDArray[np.float32]) -> Reasons:
+    """calibration: of the scores that decide; empty where a policy compares with none."""
+    if detector is None:
+        return Reasons(calibration)
+    if not len(calibration):
+        calibration = detector.calibration(run.effort)
+    if detector.clean_reference is None:
+        return OneStatistic(calibration)
+    reference = adapter.reference if isinstance(adapter, AdaptedScores) else detector.clean_reference
+    reference = without_embeddings(reference)
+    if not detector.evidence:
+        return ReactionReasons(calibration, reference)
+    test, base = (adapter.test, adapter.base) if isinstance(adapter, AgreementScores) else (None, adapter)
+    evidence = base.evidence if isinstance(base, AdaptedEvidence) else detector.combination()
+    return EvidenceReasons(calibration, reference, evidence, test)
 
 
 def _departures(detector: Detector, run: Run) -> Departures:

@@ -1,4 +1,4 @@
-"""The project's vocabulary, in flow order: Shard, Member, Sample, Image. Score rows are columns: stages/score_table.py."""
+"""The project's vocabulary, in flow order: Shard, Member, Sample, Word, DecodedImage. Score rows are columns: stages/score_table.py."""
 
 from dataclasses import dataclass
 
@@ -39,6 +39,16 @@ class Sample:
     reason: str = ""
     caption: str = ""  # "" when not asked for or when there is none, then `caption_reason` says why
     caption_reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """A person's, which overrides the score of one sample of a shard. key: as score tables write it; reason: as decisions tell it."""
+
+    index: int
+    key: str
+    release: bool
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

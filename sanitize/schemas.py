@@ -17,9 +17,10 @@ from typing import Any
 from sanitize import config
 from sanitize.artifacts.detector_description import Description, FitSummary
 from sanitize.artifacts.head_folder import HeadDescription
+from sanitize.artifacts.reviews import Review
 from sanitize.artifacts.scan_folder import Run, ShardMarker, Summary
 from sanitize.artifacts.truth import PoisonTruth
-from sanitize.commands import audit, finetune, fit, poison, scan, verify
+from sanitize.commands import audit, finetune, fit, poison, review, scan, verify
 from sanitize.commands import inspect as inspect_command
 from sanitize.config import EncoderSpec, FinetuneConfig, FitConfig, ScanConfig
 from sanitize.deciding import CleanResult
@@ -157,6 +158,7 @@ def all_schemas() -> dict[str, Schema]:
         "scan_run": _written("scanned/run.json", Run),
         "shard_marker": _written("scanned/done/<stem>.json, and a line of scanned/markers.jsonl", ShardMarker),
         "scan_summary": _written("scanned/summary.json", Summary),
+        "review": _written("scanned/reviews/<number>.json", Review),
         "audit_summary": _written("scanned/audit/summary.json", audit.AuditSummary),
         "finetune_run": _written(
             "head/run.json", FinetuneConfig, inputs | {"encoder": TEXTS}, leave_out=finetune.PLACEMENT
@@ -173,6 +175,7 @@ def all_schemas() -> dict[str, Schema]:
         "result_scan": _written("stdout of `sanitize scan --json`", scan.ScanResult),
         "result_scan_dry_run": _written("stdout of `sanitize scan --dry-run --json`", scan.ScanPlan),
         "result_clean": _written("stdout of `sanitize clean --json`, with and without --dry-run", CleanResult),
+        "result_review": _written("stdout of `sanitize review --json`", review.ReviewResult),
         "result_audit": _written("stdout of `sanitize audit --json`", audit.AuditResult),
         "result_verify": _written("stdout of `sanitize verify --json`", verify.VerifyResult),
         "result_finetune": _written("stdout of `sanitize finetune --json`", finetune.FinetuneResult),

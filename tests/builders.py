@@ -1,5 +1,6 @@
 """Tiny real things for tests: images, shards, encoders, detectors. No mocks."""
 
+import csv
 import io
 import itertools
 import tarfile
@@ -242,6 +243,29 @@ def decision_table(scanned: str | Path) -> pa.Table:
 def decided(scanned: str) -> list[str]:
     """Keys that the decisions of a scan folder keep."""
     return [row["key"] for row in decision_table(scanned).to_pylist() if row["keep"]]
+
+
+def decision_rows(scanned: str | Path) -> dict[str, dict]:
+    """Of a scan folder, by key."""
+    return {row["key"]: row for row in decision_table(scanned).to_pylist()}
+
+
+def some_keys(scanned: str | Path, keep: bool, count: int) -> list[str]:
+    """The first ones that are kept, or removed."""
+    return [key for key, row in decision_rows(scanned).items() if row["keep"] is keep][:count]
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> str:
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return str(path)
+
+
+def write_csv(path: Path, rows: list[dict]) -> str:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path)
 
 
 def auroc(scores: torch.Tensor, poisoned: torch.Tensor) -> float:

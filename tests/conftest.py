@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,22 @@ def scanned(shards, scan_config, tmp_path) -> str:
     """The folder of a scan of 54 samples in 3 shards, 16 of them removed."""
     scan(scan_config(shards, policy=REMOVE_SOME))
     return str(tmp_path / "scanned")
+
+
+@pytest.fixture(scope="session")
+def scanned_once(tmp_path_factory, detector) -> Path:
+    """The same scan, which nobody writes to."""
+    folder = tmp_path_factory.mktemp("once")
+    settings: dict[str, Any] = {"precision": "fp32", "batch_size": 8, "workers": 0, "policy": REMOVE_SOME}
+    shards = str(write_shards(folder / "shards", [20, 1, 33]))
+    scan(ScanConfig(shards=(shards,), detector=str(detector), out=str(folder / "scanned"), **settings))
+    return folder
+
+
+@pytest.fixture
+def scanned_copy(scanned_once, tmp_path) -> str:
+    """A scan folder as `scanned`, its shards elsewhere, without the time of scanning."""
+    return str(shutil.copytree(scanned_once / "scanned", tmp_path / "scanned"))
 
 
 # ---------------------------------------------------------------- finetune

@@ -36,7 +36,7 @@ def harmed(found):
 
 
 def test_twenty_seeded_faults_harm_no_byte(tmp_path, detector, encoder_yaml):
-    found = results(tmp_path, detector, encoder_yaml, 20, 1, "scan", "clean", "append", "repair", "pack")
+    found = results(tmp_path, detector, encoder_yaml, 20, 1, "scan", "clean", "review", "append", "repair", "pack")
     assert len(found) == 20
     assert harmed(found) == []
     assert {r["first"] for r in found} >= {"killed"}
@@ -45,7 +45,9 @@ def test_twenty_seeded_faults_harm_no_byte(tmp_path, detector, encoder_yaml):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_two_hundred_seeded_faults_harm_no_byte(tmp_path, detector, encoder_yaml, seed):
-    found = results(tmp_path, detector, encoder_yaml, 50, seed, "scan", "clean", "append", "repair", "fit", "pack")
+    found = results(
+        tmp_path, detector, encoder_yaml, 50, seed, "scan", "clean", "review", "append", "repair", "fit", "pack"
+    )
     assert harmed(found) == []
 
 

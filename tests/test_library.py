@@ -161,7 +161,7 @@ def test_every_python_example_of_the_library_page_runs(project, monkeypatch, ray
             exec(code, names)
 
 
-PAGES = ("README.md", "docs/data.md", "docs/usage.md", "docs/library.md", "docs/deployment.md")
+PAGES = ("README.md", "docs/data.md", "docs/usage.md", "docs/review.md", "docs/library.md", "docs/deployment.md")
 
 
 def commands(page: str) -> list[list[str]]:

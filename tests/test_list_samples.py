@@ -37,8 +37,15 @@ def test_every_decision_maps_back_to_its_file(packed_scan, tmp_path):
     rows = pq.read_table(tmp_path / "list.parquet").to_pylist()
     assert [row["source"] for row in rows] == list(files)
     assert {row["key"]: row["keep"] for row in rows} == decided(scanned)
-    assert [row["reason"] for row in rows if not row["keep"]] == ["score above threshold"] * 6
+    reasons = [row["reason"] for row in rows if not row["keep"]]
+    assert len(reasons) == 6
+    assert all(reason.startswith("embedding ") for reason in reasons)
     assert all(row["score"] is not None for row in rows)
+    for row in rows:
+        shares = [value for name, value in row.items() if name.startswith("contribution_") and value is not None]
+        assert (sum(shares), row["p_value"] is None) == (
+            (0, True) if row["keep"] else (pytest.approx(1, abs=0.01), False)
+        )
 
 
 def test_rows_of_hugging_face_data_are_named_by_file_and_row(tmp_path, scan_config):

@@ -218,6 +218,7 @@ def decided_table(shard: str, indexes: list[int], keys: str = "abc") -> pa.Table
         "score": [None if i == 1 else float(i) for i in indexes],
         "threshold": [1.0] * count,
     }
+    columns |= {name: [None] * len(indexes) for name in ("contributions", "p_values")}
     return pa.table(columns, schema=decision_table.SCHEMA)
 
 

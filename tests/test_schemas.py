@@ -23,6 +23,7 @@ COMMANDS = {  # name of the schema of what it prints → arguments
     "result_scan_dry_run": ("scan", "shards", "--workers", "0", "--fpr", "0.05", "--dry-run"),
     "result_scan": ("scan", "shards", "--workers", "0", "--fpr", "0.05", "--force"),
     "result_clean": ("clean", "--policy", "fdr", "--fpr", "0.0001"),
+    "result_review": ("review", "--remove", "keys.txt", "--by", "Ada", "--note", "looks odd"),
     "result_audit": ("audit", "--top", "0"),
     "result_verify": ("verify",),
     "result_finetune": ("finetune", "labelled", "--encoder", "encoder.yaml", "--workers", "0", "--epochs", "2"),
@@ -35,6 +36,7 @@ FILES = {  # schema → the files that it describes; a .jsonl holds one object a
     "scan_run": ("scanned/run.json",),
     "shard_marker": ("scanned/done/*.json", "scanned/markers.jsonl"),
     "scan_summary": ("scanned/summary.json",),
+    "review": ("scanned/reviews/*.json",),
     "audit_summary": ("scanned/audit/summary.json",),
     "finetune_run": ("head/run.json",),
     "head": ("head/head.json",),
@@ -64,6 +66,7 @@ def project(tmp_path_factory, aux_shards, labelled_shards):
     (folder / "labelled").symlink_to(labelled_shards)
     write_shards(folder / "shards", [12, 9])
     write_encoder(folder)
+    (folder / "keys.txt").write_text("s000001\ns000014\n")
     printed = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -40,7 +40,7 @@ def test_the_page_has_something_to_run():
 
 def test_every_query_runs_in_duckdb(project):
     duckdb = pytest.importorskip("duckdb", reason="duckdb is not installed; it is in the extra dev")
-    by_status, by_shard, why, _copies, to_csv, _quantiles = blocks("sql")
+    by_status, by_shard, why, evidence, _copies, to_csv, _quantiles = blocks("sql")
     for query in blocks("sql"):
         duckdb.sql(query)
     assert duckdb.sql(by_status).fetchall()[0][:2] == ("ok", 33)
@@ -48,6 +48,9 @@ def test_every_query_runs_in_duckdb(project):
     assert {shard for shard, *_ in counts} == {"monday/part-0000", "monday/part-0001", "tuesday/part-0000"}
     assert sum(removed for _, _, removed, _ in counts) == removed_of(project)
     assert len(duckdb.sql(why).fetchall()) == removed_of(project)
+    noise, blur, neighbours, highest = duckdb.sql(evidence).fetchall()[0]
+    assert 0 < highest <= 1
+    assert all(-5 < share < 5 for share in (noise, blur, neighbours))
     assert "TO 'kept.csv'" in to_csv
     with (project / "kept.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 33 - removed_of(project)
@@ -59,7 +62,7 @@ def test_copies_of_an_image_are_found_by_their_bytes(tmp_path, scan_config, monk
     write_shards(tmp_path / "in" / "b", [5], first_seed=7)
     scan(scan_config(tmp_path / "in" / "**" / "*.tar", policy=REMOVE_SOME))
     monkeypatch.chdir(tmp_path)
-    found = duckdb.sql(blocks("sql")[3]).fetchall()
+    found = duckdb.sql(blocks("sql")[4]).fetchall()
     assert [copies for _, copies, _ in found] == [2] * 5
 
 
@@ -72,4 +75,6 @@ def test_the_block_of_a_library_runs_and_joins_every_sample(library, project, ca
     removed = names["removed"]
     rows = len(removed) if library == "pandas" else removed.collect().height
     assert rows == removed_of(project)
+    evidence = names["evidence"] if library == "pandas" else names["evidence"].collect()
+    assert (len(evidence), "reaction_blur" in evidence.columns) == (rows, True)
     assert "tuesday/part-0000" in capsys.readouterr().out

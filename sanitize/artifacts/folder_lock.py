@@ -6,7 +6,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import filelock
@@ -30,6 +30,15 @@ def folder_lock(folder: str, command: str) -> Iterator[None]:
         yield from _hold_locally(folder, holder)
     else:
         yield from _hold_remotely(folder, holder)
+
+
+@contextlib.contextmanager
+def folder_locks(folders: Sequence[str], command: str) -> Iterator[None]:
+    """`folder_lock` of each, always in the same order."""
+    with contextlib.ExitStack() as locks:
+        for folder in sorted(folders):
+            locks.enter_context(folder_lock(folder, command))
+        yield
 
 
 def _hold_locally(folder: str, holder: dict[str, Any]) -> Iterator[None]:

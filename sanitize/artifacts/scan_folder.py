@@ -5,6 +5,7 @@ scores/<stem>.parquet        pass 1; columns in stages/score_table.py
 done/<stem>.json             ShardMarker: counts and SHA-256 of a shard's files; written last
 decisions/<stem>.parquet     pass 2; columns in stages/decision_table.py
 clean/<stem>.tar  quarantine/<stem>.tar
+reviews/0001.json ...        what people decided over the score; artifacts/reviews.py
 markers.jsonl                every marker once more, for whoever would have to read very many; written when pass 2 is through
 summary.json                 Summary, written last
 """
@@ -120,7 +121,9 @@ class ShardMarker:
 @dataclass(frozen=True)
 class Summary:
     """Pass 2 of the whole scan. scores: which scores decided; rule: identity of the Rule; markers_sha256: of markers.jsonl;
-    together: folders of the other scans that were decided with it, by one rule."""
+    together: folders of the other scans that were decided with it, by one rule; decision_format: of decisions/.
+    reviewed: samples that a person's word decided; reviews: file in reviews/ → SHA-256, of those that were taken into account;
+    ignored_reviews: none was, on request."""
 
     policy: ThresholdPolicy
     scores: str
@@ -136,6 +139,10 @@ class Summary:
     rule: str = ""
     markers_sha256: str = ""
     together: tuple[str, ...] = ()
+    decision_format: int = 1
+    reviewed: int = 0
+    reviews: dict[str, str] = field(default_factory=dict)
+    ignored_reviews: bool = False
 
 
 def decision_identity(keep: NDArray[np.bool_]) -> str:

@@ -5,7 +5,6 @@ decisions/<stem>.parquet: whoever acts on a decision reads it there. Kept sample
 Everything else of a shard (removed samples, members without a key) goes to the quarantine tar, so clean + quarantine = input.
 """
 
-import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sanitize import runtime, storage, workers
-from sanitize.artifacts.folder_lock import folder_lock
+from sanitize.artifacts.folder_lock import folder_locks
 from sanitize.artifacts.scan_folder import (
     Run,
     ScanFolder,
@@ -31,8 +30,8 @@ from sanitize.paths import AnyPath, path_text
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 from sanitize.runtime import Resources
-from sanitize.stages import score_table
-from sanitize.stages.decision_table import Decisions, Rule, write_decisions
+from sanitize.stages import decision_table, score_table
+from sanitize.stages.decision_table import Decisions, Rule, split_identity, write_decisions
 from sanitize.stages.splitting import ScoredShard, split_shard
 from sanitize.stages.unpacking import is_compressed
 from sanitize.workers import ProgressCallback, ShardFunction
@@ -42,10 +41,22 @@ IN_FLIGHT = 1 << 30  # bytes of shards that one worker copies at a time, over a 
 
 
 def clean(
-    out: AnyPath, policy: ThresholdPolicy, *, force: bool = False, resources: Resources | None = None, address: str = ""
+    out: AnyPath,
+    policy: ThresholdPolicy,
+    *,
+    force: bool = False,
+    resources: Resources | None = None,
+    address: str = "",
+    ignore_reviews: bool = False,
 ) -> CleanResult:
-    """Find the rule for the whole scan, decide on and split every shard by it (in this process by default), write summary.json."""
-    return clean_together([path_text(out, "out")], policy, force=force, resources=resources, address=address)[0]
+    """Find the rule for the whole scan, decide on and split every shard by it (in this process by default), write summary.json.
+
+    ignore_reviews: this time the score alone decides; the reviews stay, and the next `clean` takes them into account again.
+    """
+    outs = [path_text(out, "out")]
+    return clean_together(
+        outs, policy, force=force, resources=resources, address=address, ignore_reviews=ignore_reviews
+    )[0]
 
 
 def clean_together(
@@ -55,53 +66,67 @@ def clean_together(
     force: bool = False,
     resources: Resources | None = None,
     address: str = "",
+    ignore_reviews: bool = False,
 ) -> list[CleanResult]:
     """`clean` of several scans of one data set by one rule, as if they were one; a result for each."""
     for out in outs:
         ScanFolder(out).run()  # is there a scan?
         if sum(storage.real(other) == storage.real(out) for other in outs) > 1:
             raise ConfigError(f"{out}: is given twice. Name each scan once.")
-    with contextlib.ExitStack() as locks:
-        for out in sorted(outs):
-            locks.enter_context(folder_lock(out, "clean"))
-        return decide_and_split(outs, policy, force=force, resources=resources, address=address)
+    with folder_locks(outs, "clean"):
+        return decide_and_split(
+            outs, policy, force=force, resources=resources, address=address, ignore_reviews=ignore_reviews
+        )
 
 
-def preview(outs: Sequence[str], policy: ThresholdPolicy) -> list[CleanResult]:
+def preview(outs: Sequence[str], policy: ThresholdPolicy, ignore_reviews: bool = False) -> list[CleanResult]:
     """What `clean` would keep and remove; nothing is written, and nothing is refused for being much."""
-    return find_rule([Scanned.of(out) for out in outs], policy, force=True)[1]
+    return find_rule([Scanned.of(out, ignore_reviews) for out in outs], policy, force=True)[1]
 
 
 def decide_and_split(
-    outs: Sequence[str], policy: ThresholdPolicy, *, force: bool, resources: Resources | None, address: str
+    outs: Sequence[str],
+    policy: ThresholdPolicy,
+    *,
+    force: bool,
+    resources: Resources | None,
+    address: str,
+    ignore_reviews: bool = False,
 ) -> list[CleanResult]:
     """`clean_together` for a caller that holds the folders' locks."""
     for out in outs:
         storage.remove_partials(out)
-    scans = [Scanned.of(out) for out in outs]
-    finished = [_finished(scan, scans, policy, force) for scan in scans]
+    scans = [Scanned.of(out, ignore_reviews) for out in outs]
+    finished = [_finished(scan, scans, policy, force, ignore_reviews) for scan in scans]
     if all(finished):
         log.info("clean: all %d shards were split before", sum(len(scan.markers) for scan in scans))
         return [result for result in finished if result]
     rule, results = find_rule(scans, policy, force)
     return [
-        _split_all(scan, scans, policy, rule, result, resources, address)
+        _split_all(scan, scans, policy, replace(rule, words=scan.words), result, resources, address, ignore_reviews)
         for scan, result in zip(scans, results, strict=True)
     ]
 
 
-def _finished(scan: Scanned, scans: Sequence[Scanned], policy: ThresholdPolicy, force: bool) -> CleanResult | None:
+def _finished(
+    scan: Scanned, scans: Sequence[Scanned], policy: ThresholdPolicy, force: bool, ignore_reviews: bool
+) -> CleanResult | None:
     """What an earlier run of the same pass 2 left, when nothing of it is missing."""
     summary = scan.folder.summary()
     if not scan.committed or summary is None or summary.shards_failed:
         return None
     if (summary.policy, summary.together) != (policy, scan.others(scans)) or len(scan.markers) < summary.shards:
         return None
-    if not all(_is_split(m, summary.rule) and m.files.keys() <= scan.present for m in scan.markers):
+    if summary.decision_format != decision_table.FORMAT:
+        return None
+    if (summary.reviews, summary.ignored_reviews) != (scan.reviews.files, ignore_reviews):
+        return None
+    rules = {m.shard: split_identity(summary.rule, scan.words.get(m.shard, ())) for m in scan.markers}
+    if not all(_is_split(m, rules[m.shard]) and m.files.keys() <= scan.present for m in scan.markers):
         return None
     if is_most(summary.removed, summary.samples) and not force:
         return None
-    return CleanResult(summary.threshold, summary.kept, summary.removed, summary.unscored, ())
+    return CleanResult(summary.threshold, summary.kept, summary.removed, summary.unscored, (), summary.reviewed)
 
 
 # ---------------------------------------------------------------- splitting
@@ -115,12 +140,15 @@ def _split_all(
     result: CleanResult,
     resources: Resources | None,
     address: str,
+    ignore_reviews: bool,
 ) -> CleanResult:
     """Every shard that is not split by this rule yet; then the summary."""
     folder, run = scan.folder, scan.run
     folder.delete_summary()
     todo = [
-        run.shard(m.shard) for m in scan.markers if not _is_split(m, rule.identity) or m.files.keys() - scan.present
+        run.shard(m.shard)
+        for m in scan.markers
+        if not _is_split(m, rule.identity_of(m.shard)) or m.files.keys() - scan.present
     ]
     task, at_once = SplitTask(storage.absolute(folder.path), rule), _at_once(folder.path, todo)
     resources = resources or runtime.plan(0, 0, -1, len(todo))
@@ -148,6 +176,10 @@ def _split_all(
         loose_members=sum(marker.input.loose_members for marker in markers),
         rule=rule.identity,
         together=scan.others(scans),
+        decision_format=decision_table.FORMAT,
+        reviewed=result.reviewed,
+        reviews=dict(scan.reviews.files),
+        ignored_reviews=ignore_reviews,
     )
     folder.write_summary(summary, markers)
     return result
@@ -179,12 +211,11 @@ def _is_split(marker: ShardMarker, rule: str) -> bool:
 
 def _split(folder: ScanFolder, run: Run, shard: Shard, rule: Rule, progress: ProgressCallback) -> ShardMarker:
     before = folder.read_marker(shard.stem)
-    if _is_split(before, rule.identity) and folder.has(
-        before.files
-    ):  # by a worker that was lost before it could say so
+    identity = rule.identity_of(shard.stem)
+    if _is_split(before, identity) and folder.has(before.files):  # by a worker that was lost before it could say so
         return before
     table = score_table.read(folder.scores(shard.stem), [*rule.columns, "sha256"])
-    rows = rule.decide(table)
+    rows = rule.decide(table, shard.stem)
     decided = Decisions.of(rows)
     decision = decision_identity(decided.keep)
     # forget what another decision left before anything can go wrong: its tars may hold what is to be removed now
@@ -202,7 +233,7 @@ def _split(folder: ScanFolder, run: Run, shard: Shard, rule: Rule, progress: Pro
     removed = int((~decided.keep).sum())
     marker = replace(
         marker,
-        clean=Split(kept=len(decided.keep) - removed, removed=removed, decision=decision, rule=rule.identity),
+        clean=Split(kept=len(decided.keep) - removed, removed=removed, decision=decision, rule=identity),
         files=marker.files | tars | {folder.decisions_name(shard.stem): WrittenFile.of(written)},
     )
     folder.write_marker(marker)

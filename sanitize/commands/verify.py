@@ -2,12 +2,14 @@
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sanitize import storage
 from sanitize.artifacts.folder_lock import folder_lock
+from sanitize.artifacts.reviews import Reviews, check_reviews
 from sanitize.artifacts.scan_folder import (
     Run,
     ScanFolder,
@@ -19,11 +21,14 @@ from sanitize.artifacts.scan_folder import (
 from sanitize.errors import RefusedError, ShardError
 from sanitize.hashing import HashingWriter
 from sanitize.paths import AnyPath, path_text
-from sanitize.records import Shard
+from sanitize.records import Shard, Word
 from sanitize.stages import score_table
-from sanitize.stages.decision_table import Decisions
+from sanitize.stages.decision_table import Decisions, split_identity
 from sanitize.stages.shard_reader import ShardReader
+from sanitize.stages.shards import printable
 from sanitize.stages.splitting import split_shard
+
+Words = Mapping[str, Sequence[Word]]
 
 
 @dataclass(frozen=True)
@@ -59,11 +64,15 @@ def verify(out: AnyPath, *, deep: bool = False, repair: bool = False) -> VerifyR
     run = folder.run()
     with folder_lock(out, "verify --repair") if repair else contextlib.nullcontext():
         summary, scored = folder.summary(), folder.scored()
-        markers, problems = folder.read_markers([stem for stem in sorted(run.shards) if stem in scored]), []
+        markers = folder.read_markers([stem for stem in sorted(run.shards) if stem in scored])
+        problems, words = _reviews(folder, summary)
         for stem in sorted(set(run.shards) - {marker.shard for marker in markers}):
             problems.append(Problem(f"{stem}: not scored. Run the same `sanitize scan` again."))
-        for found in storage.read_ahead(lambda marker: _shard_problems(folder, run, marker, summary, deep), markers):
+        check = partial(_shard_problems, folder, run, summary, words, deep)
+        for found in storage.read_ahead(check, markers):
             problems += found
+        if summary and not problems:
+            problems += _summary_problems(folder, summary, markers)
         if summary and markers != list(folder.committed_markers().values()):
             text = f"markers.jsonl: not what done/ says. {_repair(folder)}"
             problems.append(Problem(text, ("summary.json", "markers.jsonl")))
@@ -94,21 +103,50 @@ def _delete(folder: ScanFolder, problems: Sequence[Problem]) -> tuple[str, ...]:
     return names
 
 
+def _reviews(folder: ScanFolder, summary: Summary | None) -> tuple[list[Problem], Words | None]:
+    """What is wrong with reviews/, and the words in it that pass 2 decided by, by stem; None: they cannot be told any more.
+
+    A review cannot be made again, so nothing of it is ever deleted here.
+    """
+    reviews, texts = check_reviews(folder, summary)
+    problems = [Problem(text) for text in texts]
+    if summary is None or problems:
+        return problems, None
+    if summary.ignored_reviews:
+        return problems, {}
+    for name in sorted(reviews.files.keys() - summary.reviews.keys()):
+        problems.append(
+            Problem(f"{name}: recorded, but pass 2 has not decided by it. Run `sanitize clean {folder.path}` again.")
+        )
+    applied = tuple(review for review in reviews.reviews if review.name in summary.reviews)
+    return problems, Reviews(applied).words()
+
+
+def _summary_problems(folder: ScanFolder, summary: Summary, markers: Sequence[ShardMarker]) -> Iterator[Problem]:
+    split = [marker.clean for marker in markers if marker.clean]
+    counts = [sum(part.kept for part in split), sum(part.removed for part in split)]
+    if not summary.shards_failed and counts != [summary.kept, summary.removed]:
+        text = f"summary.json: says {summary.kept} kept and {summary.removed} removed, the shards {counts[0]} and {counts[1]}."
+        yield Problem(f"{text} {_repair(folder)}", ("summary.json", "markers.jsonl"))
+
+
 def _shard_problems(
-    folder: ScanFolder, run: Run, marker: ShardMarker, summary: Summary | None, deep: bool
+    folder: ScanFolder, run: Run, summary: Summary | None, words: Words | None, deep: bool, marker: ShardMarker
 ) -> list[Problem]:
     broken = [
         problem for name, entry in marker.files.items() for problem in _file_problems(folder, marker, name, entry)
     ]
     problems = broken or list(_count_problems(folder, marker))
-    if summary and (marker.clean is None or marker.clean.rule != summary.rule):
+    said = (words or {}).get(marker.shard, ())
+    rule = split_identity(summary.rule, said) if summary else ""
+    if summary and (marker.clean is None or (words is not None and marker.clean.rule != rule)):
         problems.append(Problem(f"{marker.shard}: not split as summary.json says. Run `sanitize clean` again."))
     if marker.clean and not problems:
         try:
             decided = folder.decisions(marker)
         except RefusedError as error:
             return [_split_again(marker, str(error))]
-        problems += _decision_problems(folder, marker, decided)
+        problems += _decision_problems(folder, marker, decided, said)
         if deep and not problems:
             problems += _input_problems(folder, run, marker, decided)
     return problems
@@ -145,23 +183,38 @@ def _count_problems(folder: ScanFolder, marker: ShardMarker) -> Iterator[Problem
         yield _score_again(marker, text)
     if foreign := set(table.column("shard").unique().to_pylist()) - {marker.shard}:
         yield _score_again(marker, f"{marker.shard}: its score table is that of {min(foreign)}. {_repair(folder)}")
-    if marker.clean is None:
-        return
-    for keep, name in folder.part_names(marker.shard).items():
-        expected = marker.clean.kept if keep else marker.clean.removed
-        found = _samples_in(folder.at(name), marker.files[name].bytes) if name in marker.files else 0
-        if not keep and marker.input.damage:
-            expected = max(expected, found)  # readable members of a sample the damage cut in two are kept there as well
-        if found != expected:
-            yield _split_again(marker, f"{name}: holds {found} samples, {expected} were committed. {_repair(folder)}")
 
 
-def _decision_problems(folder: ScanFolder, marker: ShardMarker, decided: Decisions) -> list[Problem]:
+def _decision_problems(
+    folder: ScanFolder, marker: ShardMarker, decided: Decisions, words: Sequence[Word]
+) -> list[Problem]:
     assert marker.clean is not None, "of shards that were split"
-    if marker.clean.decision == decision_identity(decided.keep) and len(decided.keep) == marker.samples:
-        return []
     name = folder.decisions_name(marker.shard)
-    return [_split_again(marker, f"{name}: not what the shard was split by. {_repair(folder)}")]
+    if marker.clean.decision != decision_identity(decided.keep) or len(decided.keep) != marker.samples:
+        return [_split_again(marker, f"{name}: not what the shard was split by. {_repair(folder)}")]
+    for word in words:
+        if word.index >= marker.samples or (decided.keys[word.index], bool(decided.keep[word.index])) != (
+            word.key,
+            word.release,
+        ):
+            text = f"{name}: sample {word.index} is not as reviews/ says ({word.reason}). {_repair(folder)}"
+            return [_split_again(marker, text)]
+    return list(_tar_problems(folder, marker, decided))
+
+
+def _tar_problems(folder: ScanFolder, marker: ShardMarker, decided: Decisions) -> Iterator[Problem]:
+    """Each tar holds the samples that the decisions say, in their order."""
+    for keep, name in folder.part_names(marker.shard).items():
+        expected = [key for key, kept in zip(decided.keys, decided.keep.tolist(), strict=True) if kept is keep]
+        found = _keys_in(folder.at(name), marker.files[name].bytes) if name in marker.files else []
+        if not keep and marker.input.damage:
+            found = found[: len(expected)]  # readable members of a sample the damage cut in two are there as well
+        if len(found) != len(expected):
+            text = f"{name}: holds {len(found)} samples, {len(expected)} were committed. {_repair(folder)}"
+            yield _split_again(marker, text)
+        elif found != expected:
+            decisions = folder.decisions_name(marker.shard)
+            yield _split_again(marker, f"{name}: holds other samples than {decisions} says. {_repair(folder)}")
 
 
 def _input_problems(folder: ScanFolder, run: Run, marker: ShardMarker, decided: Decisions) -> list[Problem]:
@@ -188,6 +241,7 @@ class _Nothing(io.BytesIO):
         return memoryview(data).nbytes
 
 
-def _samples_in(path: str, size: int) -> int:
+def _keys_in(path: str, size: int) -> list[str]:
     with storage.open_read(path) as file:
-        return sum(1 for _ in ShardReader(file, Shard(path, path, size), with_images=False).samples())
+        samples = ShardReader(file, Shard(path, path, size), with_images=False).samples()
+        return [printable(sample.key) for sample in samples]

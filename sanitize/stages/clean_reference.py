@@ -49,8 +49,13 @@ class CleanReference:
 
     def prescreen_score(self, statistics: Tensor) -> Tensor:
         """(B, V + 2) → (B,) Mahalanobis distance by norm and neighbour distance alone, which cost no further pass."""
+        return self.whereabouts.distance(statistics[:, -2:])
+
+    @property
+    def whereabouts(self) -> "CleanReference":
+        """Of norm and neighbour distance alone."""
         marginal = torch.linalg.inv(torch.linalg.inv(self.precision.double())[-2:, -2:]).float()
-        return CleanReference(self.centre[-2:], marginal, self.clean_embeddings).distance(statistics[:, -2:])
+        return CleanReference(self.centre[-2:], marginal, self.clean_embeddings)
 
     def to(self, device: torch.device) -> "CleanReference":
         return CleanReference(self.centre.to(device), self.precision.to(device), self.clean_embeddings.to(device))

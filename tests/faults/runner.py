@@ -24,6 +24,7 @@ import torch
 from sanitize.commands.clean import clean
 from sanitize.commands.fit import fit
 from sanitize.commands.pack import pack
+from sanitize.commands.review import review
 from sanitize.commands.scan import scan
 from sanitize.commands.verify import verify
 from sanitize.config import FitConfig, ScanConfig, ThresholdPolicy, TrainingConfig
@@ -110,6 +111,9 @@ class Commands:
     def clean(self, out: Path) -> None:
         clean(str(out), ThresholdPolicy("fraction", fraction=0.4))
 
+    def review(self, out: Path) -> None:
+        review(str(out), remove=self.folder / "keys.txt", by="Ada", when="2026-01-02T03:04:05+00:00")
+
     def append(self, out: Path) -> None:
         scan(self._config(out, policy=ThresholdPolicy("fraction", fraction=0.2), append=True))
 
@@ -127,8 +131,9 @@ class Commands:
         pack(str(self.folder / "photos"), str(out), shard_size=4)
 
     def prepare(self, name: str, out: Path) -> None:
-        if name in ("clean", "repair"):
+        if name in ("clean", "repair", "review"):
             self.scan(out)
+        (self.folder / "keys.txt").write_text("s000001\ns000011\n")
         if name == "repair":
             for path in (*(out / "clean").glob("*0.tar"), *(out / "scores").glob("*2.parquet")):
                 path.write_bytes(path.read_bytes()[:-7] + b"damaged")
