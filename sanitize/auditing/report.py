@@ -153,7 +153,7 @@ def _shots(campaign: Campaign, found: Findings) -> list[dict[str, str]]:
         overlay = data_uri(heat((occluded.places / FULL_HEAT).clamp(0, 1)))
         caption = f"hiding the reddest place takes it {furthest:.0%} of the way to kept images"
         shots.append(_shot(thumbnail_of_unit(occluded.image, 128), caption, overlay))
-    examples = [(found.flagged.pictures[member], "member") for member in campaign.members[:4]]
+    examples = [(found.flagged.pictures[member], "member") for member in campaign.members[len(campaign.occluded) :][:4]]
     examples += [(found.kept.pictures[position], "near, kept") for position in campaign.nearest[:4]]
     return shots + [_shot(picture.image, caption) for picture, caption in examples]
 

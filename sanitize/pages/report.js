@@ -164,7 +164,7 @@
       ["campaign", campaignName(row) || "not grouped"], ["reason", data.reasons[rows.reason[row]] || "–"], ["status", data.statuses[rows.status[row]]],
       ["size", `${rows.width[row]} × ${rows.height[row]} pixels`], ["label", rows.label[row] || "–"], ["caption", rows.caption[row] || "–"],
       ["SHA-256 of the image", rows.sha256[row] || "–"],
-      ...data.statistics.filter((name) => rows.statistics[name][row] !== null).map((name) => [name, number(rows.statistics[name][row])])];
+      ...data.statistics.filter((name) => rows.statistics[name][row] !== null).map((name) => [name === "score" ? "score of pass 1" : name, number(rows.statistics[name][row])])];
     const list = make("dl", { className: "record" });
     for (const [name, value] of facts) list.append(make("dt", {}, name), make("dd", { className: "long" }, make("bdi", {}, String(value))));
     const title = make("h2", { id: "detail-title", className: "long" }, make("bdi", {}, rows.key[row]));
