@@ -30,6 +30,7 @@ from sanitize.commands.scan import ScanResult, scan
 from sanitize.config import EncoderSpec, FinetuneConfig, FitConfig, ScanConfig
 from sanitize.config_loading import from_mapping, load_encoder_spec, load_yaml, overlay, to_mapping
 from sanitize.errors import check
+from sanitize.pages.plain import Section, numbers_table, plain_page
 from sanitize.stages.encoders import embed_in_batches, load_encoder, weights_sha256
 from sanitize.stages.shard_reader import ShardReader
 from sanitize.stages.shards import end_archive, list_shards, open_shard
@@ -115,12 +116,14 @@ def run(config: PipelineConfig) -> PipelineReport:
         if config.truth:
             arms["oracle"] = _train(config, "oracle", (_oracle(config),))
         filtered = _measure_filter(config, detector, arms["cleaned"]) if config.filter else {}
-    found = audit(scanned.out, config.truth, top=0).detection_at_threshold if config.truth else None
+    audited = audit(scanned.out, config.truth)
     assert scanned.cleaned is not None
     path = storage.join(config.out, f"report-{_hash(to_mapping(config))}")
-    report = PipelineReport(arms, scanned.cleaned.kept, scanned.cleaned.removed, found or {}, filtered, f"{path}.md")
+    found = audited.detection_at_threshold or {}
+    report = PipelineReport(arms, scanned.cleaned.kept, scanned.cleaned.removed, found, filtered, f"{path}.md")
     storage.write_json(f"{path}.json", _numbers(config, report))
     storage.write_bytes(report.path, markdown(report).encode())
+    storage.write_bytes(f"{path}.html", html_page(report, audited.report))
     return report
 
 
@@ -273,6 +276,25 @@ def markdown(report: PipelineReport) -> str:
             page.table([name.replace("_", " ") for name in report.filtered], [cells]),
         ]
     return "\n\n".join(parts) + "\n"
+
+
+def html_page(report: PipelineReport, audited: str) -> bytes:
+    """The same as a page that leads to the pages of all stages. audited: path of the audit's."""
+    total = report.kept + report.removed
+    cards = [("Samples", f"{total:,}", ""), ("Removed", f"{report.removed:,}", f"{report.removed / max(total, 1):.2%}")]
+    cards += [(name.replace("_", " "), f"{value:.3f}", "") for name, value in report.detection.items()]
+    places = [("What was flagged, and why", audited)]
+    places += [(f"Trained on: {arm}", storage.join(result.out, "report.html")) for arm, result in report.arms.items()]
+    folder = report.path.rsplit("/", 1)[0]
+    links = [(name, place.removeprefix(f"{folder}/")) for name, place in places]
+    arms = [{"samples": float(result.samples), **result.evaluation} for result in report.arms.values()]
+    table = numbers_table("Before and after", arms, leave_out=["unreadable"])
+    rows = [[arm, *row] for arm, row in zip(report.arms, table.rows, strict=True)]
+    table = dataclasses.replace(table, columns=["trained on", *table.columns], rows=rows)
+    sections = [table, Section("Pages of the stages", links=links)]
+    if report.filtered:
+        sections.append(numbers_table("Behind the scanner, rejected images counted as errors", [report.filtered]))
+    return plain_page("Cleaned, then trained", "Every number is of the validation shards.", cards, sections)
 
 
 @click.command()

@@ -234,17 +234,29 @@ def _by_folder(outs: Sequence[str], results: Sequence[Any]) -> Any:
 @main.command()
 @click.argument("scanned", default="scanned")
 @click.option("--truth", default="", help="poison.json: which samples are poisoned")
-@click.option("--top", default=32, show_default=True, help="How many suspicious samples to show")
-def audit(scanned: str, truth: str, top: int) -> None:
-    """What was flagged and why; with known truth, how well.
+@click.option("--top", default=10_000, show_default=True, help="Flagged samples in the report; 0 = no images are read")
+@click.option("--key", default="", help="Only say why the sample with this key was kept or removed")
+@click.option("--check", is_flag=True, help="Only say whether the report shows the decisions that count now")
+def audit(scanned: str, truth: str, top: int, key: str, check: bool) -> None:
+    """What was flagged and why, as a page to decide from; with known truth, how well.
 
     \b
     Example:  sanitize audit scanned/ --truth poisoned/poison.json
+              sanitize audit scanned/ --key photo-000123
     """
     from sanitize.commands.audit import audit as run
+    from sanitize.commands.audit import require_current, why
 
-    result = run(scanned.rstrip("/"), truth, top)
-    tell(result, result.text, f"  images and histogram: {result.report}")
+    scanned = scanned.rstrip("/")
+    if key:
+        text = why(scanned, key)
+        tell({"why": text}, text)
+    elif check:
+        report = require_current(scanned)
+        tell({"report": report}, f"{report}: shows the decisions that count now")
+    else:
+        result = run(scanned, truth, top)
+        tell(result, result.text, f"  to decide from: {result.report}")
 
 
 @main.command()

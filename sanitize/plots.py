@@ -1,12 +1,10 @@
-"""PNG previews: rows of an image beside its reconstruction, and a histogram of scores."""
+"""PNG previews: rows of an image beside its reconstruction."""
 
 import io
 import logging
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional
@@ -43,27 +41,4 @@ def write_sheet(path: str, cells: Sequence[tuple[Tensor, str]], columns: int) ->
         draw.text((left + 1, top + 1), label, fill="black")
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
-    storage.write_bytes(path, buffer.getvalue())
-
-
-def write_histogram(
-    path: str, scores: NDArray[np.float32], threshold: float | None, poisoned: NDArray[np.bool_] | None
-) -> None:
-    """Counts of scores on a log axis, split by truth when it is known, with the threshold."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.add_subplot()
-    edges = np.histogram_bin_edges(scores, bins=80)
-    groups = (
-        [("samples", scores)] if poisoned is None else [("clean", scores[~poisoned]), ("poisoned", scores[poisoned])]
-    )
-    for name, group in groups:
-        axes.hist(group, bins=list(edges), alpha=0.6, label=f"{name} ({len(group)})")
-    if threshold is not None and np.isfinite(threshold):
-        axes.axvline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.4g}")
-    axes.set(yscale="log", xlabel="score (higher = more suspicious)", ylabel="samples")
-    axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
     storage.write_bytes(path, buffer.getvalue())

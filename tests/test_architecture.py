@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.audit_study import AuditStudyConfig
 from pipelines.benchmark_config import BenchmarkConfig
 from pipelines.clean_then_finetune import PipelineConfig
 from pipelines.red_team import load_config
@@ -113,6 +114,8 @@ def test_every_config_loads(path):
         assert from_mapping(PipelineConfig, values, path.name).finetune
     elif "scenarios" in values:
         assert from_mapping(StudyConfig, values, path.name).scenarios
+    elif "rate" in values and "victims" in values:
+        assert from_mapping(AuditStudyConfig, values, path.name).victims
     elif "attack" in values:
         for preset in values["presets"]:
             assert load_config(str(path), preset).attack == values["attack"]

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,14 @@ def test_the_oracle_leaves_out_exactly_the_poisoned_samples_and_copies_the_rest(
         oracle = next((tmp_path / "out").glob(f"oracle-shards-*/{shard.name}"))
         kept = [m for i, m in enumerate(members(shard)) if (shard.stem, i // 2) not in poisoned]
         assert members(oracle) == kept
+
+
+def test_it_ends_in_one_page_that_leads_to_the_pages_of_all_stages(settings, tmp_path):
+    run(settings())
+    (page,) = (tmp_path / "out").glob("report-*.html")
+    links = re.findall('href="([^"#:]+)"', page.read_text())
+    assert len(links) == 4  # the audit, and three trainings
+    assert all((page.parent / link).is_file() for link in links)
 
 
 def test_running_again_changes_nothing_and_a_changed_setting_repeats_only_what_depends_on_it(settings, tmp_path):

@@ -79,7 +79,7 @@ def test_poison_scan_audit_with_truth(sanitize, detector, tmp_path):
     assert code == 0
     assert re.search(r"truth: 6 poisoned, 54 clean: AUROC 0\.\d+", output)
     made = sorted(p.name for p in (tmp_path / "scanned" / "audit").iterdir())
-    assert made == ["histogram.png", "report.html", "summary.json", "suspicious.png"]
+    assert made == ["report.html", "summary.json"]
 
 
 def test_a_failed_shard_gives_exit_code_1_and_is_named(sanitize, detector, tmp_path):

@@ -42,8 +42,10 @@ def test_a_head_learns_and_is_written_with_its_class_names(finetune_config, vali
         "head.json",
         "head.safetensors",
         "metrics.jsonl",
+        "report.html",
         "run.json",
     ]
+    assert "clean accuracy" in (tmp_path / "head" / "report.html").read_text()
     lines = [json.loads(line) for line in (tmp_path / "head" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == list(range(1, 16))
     assert {"loss", "learning_rate", "samples", "samples_per_second", "validation_accuracy"} <= set(lines[0])

@@ -103,6 +103,9 @@ def test_inspect_is_a_whole_command(sanitize, tmp_path):
     assert {"torch", "sanitize"} <= set(report["versions"])
     assert report["best"]["cosine"] > 0.99
     assert (tmp_path / "inspected" / "trigger.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "inspected" / "inspect.html").read_text()
+    assert f"<dd>{report['verdict']['verdict']}<small>" in page
+    assert "data:image/png;base64," in page
     assert f"smallest trigger: L1 {report['best']['l1']:.1f}, P-L1 {report['best']['p_l1']:.4f}" in output
     assert sanitize(*arguments, "--out", "again")[0] == 0
     assert json.loads((tmp_path / "again" / "inspect.json").read_text())["best"] == report["best"]

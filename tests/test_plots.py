@@ -1,7 +1,6 @@
-"""Previews: the sheet is a grid of the images that were given, and a histogram comes out whatever the threshold."""
+"""Previews: the sheet is a grid of the images that were given."""
 
 import io
-import math
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sanitize.plots import CELL, LABEL, write_histogram, write_reconstructions, write_sheet
+from sanitize.plots import CELL, LABEL, write_reconstructions, write_sheet
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255)]
 STEP_X, STEP_Y = CELL + 4, CELL + LABEL + 4
@@ -67,18 +66,3 @@ def test_fewer_images_than_asked_for_give_a_smaller_sheet(tmp_path):
     images = torch.rand(3, 3, 8, 8)
     write_reconstructions(str(tmp_path / "r.png"), images, images, torch.rand(3), count=8)
     assert opened(tmp_path / "r.png").size == (4 * STEP_X, 3 * STEP_Y)
-
-
-@pytest.mark.parametrize("threshold", [None, 0.5, math.inf, -math.inf])
-@pytest.mark.parametrize("truth", ["none", "some", "all"])
-def test_a_histogram_is_written_whatever_the_threshold_and_the_truth(tmp_path, threshold, truth):
-    scores = np.random.default_rng(0).normal(size=200).astype(np.float32)
-    poisoned = {"none": None, "some": np.arange(200) < 7, "all": np.ones(200, bool)}[truth]
-    write_histogram(str(tmp_path / "h.png"), scores, threshold, poisoned)
-    assert opened(tmp_path / "h.png").size == (800, 400)
-
-
-@pytest.mark.parametrize("count", [1, 30])
-def test_scores_that_are_all_equal_have_a_histogram_too(tmp_path, count):
-    write_histogram(str(tmp_path / "h.png"), np.full(count, 2, np.float32), 2.0, None)
-    assert opened(tmp_path / "h.png").format == "PNG"

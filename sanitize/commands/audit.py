@@ -1,55 +1,55 @@
-"""`sanitize audit`: what was flagged and why; with known truth, how well."""
+"""`sanitize audit`: what was flagged and why, as text and as one HTML page; with known truth, how well."""
 
-import base64
-import html
 import logging
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
-from numpy.typing import NDArray
 
-from sanitize import plots, runtime, storage
-from sanitize.artifacts.detector_folder import load_detector, load_matching_encoder, make_scorer
-from sanitize.artifacts.scan_folder import Run, ScanFolder, ShardMarker, Summary
-from sanitize.artifacts.truth import load_poisoned
+from sanitize import storage
+from sanitize.artifacts.detector_folder import load_detector
+from sanitize.artifacts.scan_folder import Run, ScanFolder, Summary
+from sanitize.auditing.findings import Campaign, find_campaigns
+from sanitize.auditing.pictures import NO_PICTURES, Onlooker, Pictures
+from sanitize.auditing.report import report_html
+from sanitize.auditing.report_data import Findings
+from sanitize.auditing.scored import (
+    Mask,
+    ScoredSamples,
+    poisoned_of,
+    read_scored,
+    rows_with_key,
+    sample_rows,
+)
+from sanitize.auditing.selection import Selection, select
+from sanitize.auditing.text import audit_text, why_text
 from sanitize.config_loading import to_mapping
-from sanitize.errors import ConfigError
+from sanitize.errors import ConfigError, RefusedError, SanitizeError
 from sanitize.metrics import Detection, detection
 from sanitize.paths import AnyPath, path_text
-from sanitize.records import DecodedImage
-from sanitize.stages import score_table
-from sanitize.stages.decision_table import Decisions
-from sanitize.stages.images import decode_sample, shrink
+from sanitize.stages.campaigns import SINGLE, Groups
 from sanitize.stages.score_table import Floats
-from sanitize.stages.scoring import normalised
-from sanitize.stages.shard_reader import ShardReader
-from sanitize.stages.shards import open_shard
 
 log = logging.getLogger(__name__)
-Mask = NDArray[np.bool_]
+MOST_SHOWN = 10_000
+REPORT, SUMMARY = "report.html", "summary.json"
 
 
 @dataclass(frozen=True)
-class ScoredSamples:
-    """All rows of a scan, in shard order; scores and similarities (N,) float32 with NaN where there is none.
+class CampaignSummary:
+    """Flagged samples that share a place in the encoder's space. share: of the scan; within: of kept samples, as close to its centre
+    as half of it."""
 
-    scores: that decided, where pass 2 is through; removed: None where it is not
-    """
-
-    shards: NDArray[np.object_]
-    keys: NDArray[np.object_]
-    indices: NDArray[np.int64]
-    statuses: NDArray[np.object_]
-    scores: Floats
-    similarities: Floats  # of image and caption
-    removed: Mask | None
+    samples: int
+    share: float
+    within: float
+    shards: int
 
 
 @dataclass(frozen=True)
 class AuditSummary:
-    """audit/summary.json. statuses: samples by status; detection: where the truth is known; the rest: where pass 2 is through."""
+    """audit/summary.json. statuses: samples by status; detection: where the truth is known; decisions: SHA-256 that names what pass 2
+    decided, "" = it is not through; shown: samples in the report; singles: flagged samples with a picture that are in no campaign."""
 
     samples: int
     statuses: dict[str, int]
@@ -57,6 +57,10 @@ class AuditSummary:
     removed: int | None
     detection: Detection | None
     detection_at_threshold: dict[str, float] | None
+    decisions: str = ""
+    shown: int = 0
+    campaigns: tuple[CampaignSummary, ...] = ()
+    singles: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,79 +71,69 @@ class AuditResult:
     report: str
 
 
-def audit(out: AnyPath, truth: AnyPath = "", top: int = 32) -> AuditResult:
-    """Summarise a scan; write summary.json, histogram.png, suspicious.png and report.html into `out`/audit."""
+def audit(out: AnyPath, truth: AnyPath = "", top: int = MOST_SHOWN) -> AuditResult:
+    """Summarise a scan; write summary.json and report.html into `out`/audit. top: flagged samples in the report; 0 = no images are read."""
     out, truth = path_text(out, "out"), path_text(truth, "truth")
     folder = ScanFolder(out)
     run, summary = folder.run(), folder.summary()
-    scored = _read(folder, run, summary)
+    scored = read_scored(folder, run, summary)
     finite = np.isfinite(scored.scores)
     if not finite.any():
         raise ConfigError(
             f"{out}: no sample has a score; nothing to audit. Look at the `reason` column in scores/*.parquet."
         )
-    threshold = summary.threshold if summary else None
-    poisoned = _poisoned(scored, truth) if truth else None
-    quality = at_threshold = known = None
-    if poisoned is not None:
-        known = poisoned[finite]
-        quality = detection(scored.scores[finite], known)
-        at_threshold = _at_threshold(scored.removed, poisoned) if scored.removed is not None else None
-    report = storage.join(out, "audit")
-    plots.write_histogram(storage.join(report, "histogram.png"), scored.scores[finite], threshold, known)
-    if top:
-        _write_suspicious(storage.join(report, "suspicious.png"), run, scored, poisoned, top)
-    text = _text(out, scored, summary, quality, at_threshold)
+    poisoned = poisoned_of(scored, truth) if truth else None
+    quality = detection(scored.scores[finite], poisoned[finite]) if poisoned is not None else None
+    at_threshold = (
+        _at_threshold(scored.removed, poisoned) if poisoned is not None and scored.removed is not None else None
+    )
+    found = _look(out, folder, run, summary, scored, top)
+    report = storage.join(out, "audit", REPORT)
+    storage.write_bytes(report, report_html(found))
+    singles = int((found.groups == SINGLE).sum())
     written = AuditSummary(
-        samples=len(scored.scores),
-        statuses=dict(sorted(Counter(scored.statuses.tolist()).items())),
-        threshold=threshold,
+        samples=len(scored),
+        statuses=dict(sorted(scored.statuses.items())),
+        threshold=summary.threshold if summary else None,
         removed=summary.removed if summary else None,
         detection=quality,
         detection_at_threshold=at_threshold,
+        decisions=summary.markers_sha256 if summary else "",
+        shown=len(found.shown),
+        campaigns=tuple(_summed(campaign, len(scored)) for campaign in found.campaigns),
+        singles=singles,
     )
-    values = to_mapping(written)
-    if threshold is not None and not np.isfinite(threshold):
-        values["threshold"] = str(threshold)  # JSON has no infinity
-    storage.write_json(storage.join(report, "summary.json"), values)
-    _write_html(report, text)
-    return AuditResult(text, quality, at_threshold, storage.join(report, "report.html"))
+    _write_summary(out, written)
+    highest = np.argsort(-np.nan_to_num(scored.scores, nan=-np.inf), kind="stable")[:5]
+    sizes = np.bincount(found.groups[found.groups >= 0]).tolist()
+    text = audit_text(
+        out, scored, summary, sample_rows(folder, scored, highest.tolist()), sizes, singles, quality, at_threshold
+    )
+    return AuditResult(text, quality, at_threshold, report)
 
 
-def _read(folder: ScanFolder, run: Run, summary: Summary | None) -> ScoredSamples:
-    names = ["shard", "key", "index", "status", "score", "text_similarity"]
-    markers = folder.markers(sorted(run.shards))
-    if not markers:
-        raise ConfigError(f"{folder.path}: no score table there. Run `sanitize scan` again.")
-    tables = list(score_table.read_each([folder.scores(marker.shard) for marker in markers], names))
-    table = pa.concat_tables(tables)
-    shards, keys, indices, statuses = (table.column(name).to_numpy(zero_copy_only=False) for name in names[:4])
-    scores, removed = score_table.numbers(table, "score"), None
-    if summary:
-        decided = list(storage.read_ahead(lambda pair: _decided(folder, *pair), zip(markers, tables, strict=True)))
-        scores = np.concatenate([part.scores for part in decided])
-        removed = ~np.concatenate([part.keep for part in decided])
-    similarities = score_table.numbers(table, "text_similarity")
-    return ScoredSamples(shards, keys, indices, statuses, scores, similarities, removed)
+def why(out: AnyPath, key: str) -> str:
+    """Everything a scan knows of the samples with this key, for the terminal."""
+    folder = ScanFolder(path_text(out, "out"))
+    run, summary = folder.run(), folder.summary()
+    scored = read_scored(folder, run, summary)
+    rows = sample_rows(folder, scored, rows_with_key(folder, scored, key))
+    return "\n".join(why_text(row) for row in rows)
 
 
-def _decided(folder: ScanFolder, marker: ShardMarker, table: pa.Table) -> Decisions:
-    """What pass 2 decided; of a shard that it could not split, nothing is in clean/."""
-    if marker.clean:
-        return folder.decisions(marker)
-    return Decisions(np.zeros(len(table), bool), table.column("key").to_pylist(), score_table.numbers(table, "score"))
-
-
-def _poisoned(scored: ScoredSamples, truth: str) -> Mask:
-    known = load_poisoned(truth)
-    identities = list(zip(scored.shards.tolist(), scored.indices.tolist(), strict=True))
-    if missing := known - set(identities):
-        shard, index = min(missing)
-        raise ConfigError(
-            f"{truth}: names {len(missing)} samples that the scan does not have (first: shard {shard}, index {index}). "
-            "Give the truth file of the shards that were scanned."
+def require_current(out: AnyPath) -> str:
+    """The report, if it shows the decisions that the scan folder holds. Raises RefusedError when it shows others."""
+    folder = ScanFolder(path_text(out, "out"))
+    folder.run()  # is there a scan?
+    path = folder.at("audit", SUMMARY)
+    if not storage.exists(path):
+        raise ConfigError(f"{folder.path}: no report there. Run `sanitize audit {folder.path}`.")
+    summary = folder.summary()
+    if storage.read_json(path).get("decisions") != (summary.markers_sha256 if summary else ""):
+        raise RefusedError(
+            f"{folder.at('audit', REPORT)}: shows other decisions than {folder.path} holds now. Run `sanitize audit {folder.path}` again."
         )
-    return np.array([identity in known for identity in identities])
+    return folder.at("audit", REPORT)
 
 
 def _at_threshold(removed: Mask, poisoned: Mask) -> dict[str, float]:
@@ -150,98 +144,84 @@ def _at_threshold(removed: Mask, poisoned: Mask) -> dict[str, float]:
     }
 
 
-def _text(
-    out: str,
-    scored: ScoredSamples,
-    summary: Summary | None,
-    quality: Detection | None,
-    at_threshold: dict[str, float] | None,
-) -> str:
-    finite = scored.scores[np.isfinite(scored.scores)]
-    counts = Counter(scored.statuses.tolist())
-    lines = [f"{out}: {len(scored.scores)} samples, {len(finite)} with a score"]
-    lines += [f"  {count} without: {status}" for status, count in sorted(counts.items()) if status != "ok"]
-    lines.append(
-        f"  score: median {np.median(finite):.4g}, 99 % {np.quantile(finite, 0.99):.4g}, highest {finite.max():.4g}"
+def _write_summary(out: str, summary: AuditSummary) -> None:
+    values = to_mapping(summary)
+    if summary.threshold is not None and not np.isfinite(summary.threshold):
+        values["threshold"] = str(summary.threshold)  # JSON has no infinity
+    storage.write_json(storage.join(out, "audit", SUMMARY), values)
+
+
+def _summed(campaign: Campaign, samples: int) -> CampaignSummary:
+    return CampaignSummary(len(campaign), len(campaign) / samples, campaign.within, len(campaign.shards))
+
+
+# ---------------------------------------------------------------- looking
+
+
+def _look(out: str, folder: ScanFolder, run: Run, summary: Summary | None, scored: ScoredSamples, top: int) -> Findings:
+    """What the report shows: samples, their pictures, and the campaigns among them."""
+    selection, notices = select(scored, top), list[str]()
+    shown = sample_rows(folder, scored, selection.shown.tolist()) if top else []
+    shown = sorted(shown, key=lambda row: (row.score is None, -(row.score or 0.0), row.row))
+    pictures = kept = flagged = NO_PICTURES
+    groups: Groups = np.empty(0, np.int64)
+    campaigns: Sequence[Campaign] = ()
+    onlooker = _onlooker(run, len(shown), notices) if shown else None
+    if onlooker:
+        kept_rows = sample_rows(folder, scored, selection.kept.tolist())
+        pictures, kept = onlooker.look_at(shown), onlooker.look_at(kept_rows)
+        flagged = pictures.only(selection.flagged)
+        notices += _missing(pictures)
+        groups, campaigns = find_campaigns(flagged, kept, {row.row: row for row in shown}, onlooker)
+    notices += _left_out(scored, selection, top)
+    return Findings(
+        out=out,
+        run=run,
+        summary=summary,
+        scored=scored,
+        shown=shown,
+        near=frozenset(selection.near.tolist()),
+        pictures=pictures,
+        flagged=flagged,
+        kept=kept,
+        groups=groups,
+        campaigns=campaigns,
+        calibration=_calibration(run, summary, notices),
+        notices=notices,
     )
-    similar = scored.similarities[np.isfinite(scored.similarities)]
-    if len(similar):
-        low, median = np.quantile(similar, (0.01, 0.5))
-        lines.append(
-            f"  captions: {len(similar)} compared, cosine with the image: median {median:.3f}, lowest 1 % below {low:.3f}"
-        )
-    if summary:
-        lines.append(f"  policy {summary.policy.policy}: threshold {summary.threshold:.4g}, {summary.removed} removed")
-    if quality:
-        lines.append(
-            f"  truth: {quality.poisoned} poisoned, {quality.clean} clean: AUROC {quality.auroc:.4f}, AUPRC {quality.auprc:.4f}, "
-            f"TPR {quality.tpr_at_1pct:.3f} at 1 % FPR, {quality.tpr_at_5pct:.3f} at 5 % FPR, FPR {quality.fpr_at_95tpr:.4f} at 95 % TPR"
-        )
-    if at_threshold:
-        lines.append(
-            f"  at the threshold: {at_threshold['true_positive_rate']:.1%} of the poisoned and "
-            f"{at_threshold['false_positive_rate']:.2%} of the clean samples removed, precision {at_threshold['precision']:.1%}"
-        )
-    order = np.argsort(-np.nan_to_num(scored.scores, nan=-np.inf), kind="stable")[:5]
-    lines += ["  most suspicious:"] + [
-        f"    {scored.scores[i]:.4g}  {scored.shards[i]} {scored.keys[i]}" for i in order
-    ]
-    return "\n".join(lines)
 
 
-# ---------------------------------------------------------------- images
+def _onlooker(run: Run, samples: int, notices: list[str]) -> Onlooker | None:
+    side = 128 if samples <= 1500 else 96 if samples <= 4000 else 64  # the page stays below some tens of megabytes
+    try:
+        return Onlooker(run, side)
+    except SanitizeError as error:
+        log.warning("%s", error)
+        notices.append(f"Without images and campaigns: {error}")
+        return None
 
 
-def _write_suspicious(path: str, run: Run, scored: ScoredSamples, poisoned: Mask | None, top: int) -> None:
-    """The `top` highest scores, each image beside what the decoder makes of its embedding."""
-    order = np.argsort(-np.nan_to_num(scored.scores, nan=-np.inf), kind="stable")[:top]
-    order = order[np.isfinite(scored.scores[order])]
-    found = _decode_rows(run, scored, order)
-    if not found:
-        log.warning("the input shards are gone, so the most suspicious samples cannot be shown")
-        return
-    detector = load_detector(run.detector)
-    encoder = load_matching_encoder(detector, None)
-    scorer = make_scorer(detector, encoder, run.precision, runtime.device())
-    size = detector.decoder.config.image_size
-    cells = []
-    for row in [row for row in order.tolist() if row in found]:
-        images, embeddings = scorer.embed([found[row]])
-        targets = normalised(images, encoder, size)
-        reconstructions, _ = scorer.reconstruct(embeddings, targets, [found[row].sha256])
-        reconstruction = (reconstructions * encoder.std + encoder.mean).clamp(0, 1).cpu()[0]
-        name = "" if poisoned is None else ("poison " if poisoned[row] else "clean ")
-        image = shrink(images, 96).cpu()[0].clamp(0, 1)
-        cells += [(image, f"{name}{scored.scores[row]:.3g}"), (reconstruction, "decoded")]
-    plots.write_sheet(path, cells, columns=8)
+def _missing(pictures: Pictures) -> list[str]:
+    if not pictures.missing:
+        return []
+    reason = next(iter(pictures.missing.values()))
+    return [f"{len(pictures.missing)} samples have no picture (first: {reason[:300]})"]
 
 
-def _decode_rows(run: Run, scored: ScoredSamples, order: NDArray[np.int64]) -> dict[int, DecodedImage]:
-    """Row → decoded image, reading each needed shard once."""
-    wanted: dict[str, dict[int, int]] = {}
-    for row in order.tolist():
-        wanted.setdefault(scored.shards[row], {})[int(scored.indices[row])] = row
-    found: dict[int, DecodedImage] = {}
-    for stem, rows in wanted.items():
-        shard = run.shard(stem)
-        if not storage.exists(shard.url):
-            continue
-        with open_shard(shard) as file:
-            for sample in ShardReader(file, shard, image_member=run.image_member).samples():
-                if sample.index in rows:
-                    found[rows[sample.index]] = decode_sample(sample)
-    return {row: image for row, image in found.items() if image.pixels is not None}
+def _left_out(scored: ScoredSamples, selection: Selection, top: int) -> list[str]:
+    flagged = int(scored.removed.sum()) if scored.removed is not None else len(selection.flagged)
+    if flagged <= len(selection.flagged):
+        return []
+    return [f"{flagged - top:,} removed samples with lower scores are not in this page; --top shows more."]
 
 
-def _write_html(folder: str, text: str) -> None:
-    """One file with the images inside, so that it can be mailed."""
-    parts = ["<!doctype html><meta charset='utf-8'><title>sanitize audit</title>", f"<pre>{html.escape(text)}</pre>"]
-    for title, name in (
-        ("Scores", "histogram.png"),
-        ("Most suspicious samples and their reconstructions", "suspicious.png"),
-    ):
-        path = storage.join(folder, name)
-        if storage.exists(path):
-            data = base64.b64encode(storage.read_bytes(path)).decode()
-            parts.append(f"<h2>{title}</h2><img alt='{name}' src='data:image/png;base64,{data}'>")
-    storage.write_bytes(storage.join(folder, "report.html"), "\n".join(parts).encode())
+def _calibration(run: Run, summary: Summary | None, notices: list[str]) -> Floats | None:
+    """Sorted scores of clean images; None where scores that decided are on another scale, or the detector is gone."""
+    if summary and summary.scores.startswith("with agreement"):
+        return None
+    try:
+        detector = load_detector(run.detector)
+    except SanitizeError as error:
+        notices.append(f"Without a comparison with clean images: {error}")
+        return None
+    return detector.calibration(run.effort) if detector.fingerprint == run.detector_fingerprint else None

@@ -5,6 +5,7 @@ index the samples → embed them once (linear, mlp) or stream them (full, contra
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from sanitize.artifacts.head_folder import TrainedHead, load_head, save_head
 from sanitize.config import EncoderSpec, FinetuneConfig
 from sanitize.config_loading import from_mapping, to_mapping, with_absolute_paths
 from sanitize.errors import RefusedError, check
+from sanitize.pages.plain import Section, numbers_table, plain_page
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 from sanitize.runtime import Resources
@@ -45,6 +47,7 @@ from sanitize.training.sample_index import DataSet, class_count
 log = logging.getLogger(__name__)
 INPUTS = ("shards", "validation", "triggered")  # settings that name shards
 PLACEMENT = ("workers", "gpus_per_worker", "cpus_per_worker", "address", "out", "checkpoint_steps")  # not what it gives
+TIMES = ("seconds", "samples_per_second")  # columns of metrics.jsonl that differ from run to run
 REMEMBERED = ("mode", "epochs", "batch_size", "learning_rate", "weight_decay", "seed")  # settings in head.json
 
 
@@ -279,6 +282,7 @@ def _finish(
         "failed": sorted(message for source in sources.values() for message in source.failed),
         "versions": run_record.library_versions(),
     }
+    storage.write_bytes(storage.join(config.out, "report.html"), _page(config, classes, state.metrics, evaluation))
     storage.write_json(storage.join(config.out, "finetune.json"), values)
     run_record.remove_scaffolding(config.out)
     return _result(config)
@@ -288,3 +292,15 @@ def _result(config: FinetuneConfig) -> FinetuneResult:
     path = storage.join(config.out, "finetune.json")
     values = {name: value for name, value in storage.read_json(path).items() if name != "versions"}
     return from_mapping(FinetuneResult, values | {"out": config.out}, path)
+
+
+def _page(
+    config: FinetuneConfig, classes: Sequence[str], epochs: Sequence[dict[str, float]], evaluation: dict[str, float]
+) -> bytes:
+    """Without times and places, so that the same training gives the same page."""
+    cards = [("Mode", config.mode, f"seed {config.seed}"), ("Epochs", str(len(epochs)), f"of {config.epochs}")]
+    cards += [("Samples", f"{int(epochs[-1]['samples']):,}", f"{len(classes)} classes")]
+    cards += [(name.replace("_", " "), f"{value:.4g}", "") for name, value in evaluation.items()]
+    record = [(name, str(getattr(config, name))) for name in REMEMBERED]
+    sections = [numbers_table("Epochs", epochs, leave_out=TIMES), Section("Settings", record=record)]
+    return plain_page("What was trained", config.encoder.architecture, cards, sections)

@@ -20,6 +20,7 @@ from sanitize.detectors.decree.config import DecreeConfig
 from sanitize.detectors.decree.inversion import Inversion, InvertedTrigger
 from sanitize.detectors.decree.verdict import MIN_PEERS, Verdict, verdict_on
 from sanitize.errors import ConfigError
+from sanitize.pages.plain import Section, plain_page, png_uri
 from sanitize.paths import AnyPath, path_text, path_texts
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
@@ -105,7 +106,7 @@ def inspect(
     config: DecreeConfig,
     peers: Sequence[EncoderSpec] = (),
 ) -> Inspection:
-    """Invert a trigger for `encoder`, judge its size, and write inspect.json and trigger.png into `out`.
+    """Invert a trigger for `encoder`, judge its size, and write inspect.json, inspect.html and trigger.png into `out`.
 
     patterns: shards of auxiliary images. peers: clean encoders of the same architecture, none or at least three.
     """
@@ -135,7 +136,9 @@ def inspect(
     report = storage.join(out, "inspect.json")
     storage.write_json(report, to_mapping(numbers))
     _write_image(storage.join(out, "trigger.png"), inversion.best, pool.images[0])
-    return Inspection(verdict, inversion, sizes, numbers, _text(inversion, verdict, sizes, pool), report)
+    text = _text(inversion, verdict, sizes, pool)
+    storage.write_bytes(storage.join(out, "inspect.html"), _page(out, encoder, numbers, text))
+    return Inspection(verdict, inversion, sizes, numbers, text, report)
 
 
 def _fingerprints(encoder: EncoderSpec, peers: Sequence[EncoderSpec]) -> list[str]:
@@ -274,3 +277,20 @@ def _write_image(path: str, trigger: InvertedTrigger | None, example: Tensor) ->
     mask, pattern = trigger.mask.expand(3, -1, -1), trigger.pattern / 255
     cells = [(mask, f"mask {trigger.pixels:.0f} px"), (pattern, "pattern"), (mask * pattern, "mask * pattern")]
     plots.write_sheet(path, [*cells, (example / 255, "image"), (stamped, "stamped")], columns=5)
+
+
+def _page(out: str, encoder: EncoderSpec, numbers: InspectReport, text: str) -> bytes:
+    best, picture = numbers.best, storage.join(out, "trigger.png")
+    cards = [
+        ("Verdict", numbers.verdict.verdict, numbers.verdict.reason),
+        ("Smallest trigger", f"L1 {best.l1:.1f}" if best else "none", f"{best.pixels:.1f} pixels" if best else ""),
+        ("Images", f"{numbers.images:,}", f"mean pairwise cosine {numbers.plain_cosine:.3f} without a trigger"),
+        ("Clean peers", str(len(numbers.peers)), ""),
+    ]
+    record = [("encoder", encoder.weights or encoder.architecture), ("fingerprint", numbers.encoder_fingerprint)]
+    record += [(f"version of {name}", version) for name, version in sorted(numbers.versions.items())]
+    sections = [Section("In words", text="; ".join(line.strip() for line in text.splitlines()))]
+    if storage.exists(picture):
+        shots = [(png_uri(storage.read_bytes(picture)), "mask, pattern, both, an image without and with them")]
+        sections.append(Section("The smallest trigger", shots=shots))
+    return plain_page("Is the encoder trojaned?", out, cards, [*sections, Section("What was inspected", record=record)])

@@ -1,0 +1,1 @@
+"""Parts of `sanitize audit`: what a scan decided, what its samples look like, and the report of both."""
