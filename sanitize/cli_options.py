@@ -94,7 +94,9 @@ def policy_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--threshold", type=float, help="absolute: remove scores above it"),
         click.option("--mad", type=float, help="robust: median + this many scaled MADs [default: 6]"),
         click.option(
-            "--adapt/--no-adapt", default=None, help="scorer reaction: adapt to the bulk of this scan [default: adapt]"
+            "--adapt/--no-adapt",
+            default=None,
+            help="scorers reaction, evidence: adapt to the bulk of this scan [default: adapt]",
         ),
         click.option(
             "--agreement",
