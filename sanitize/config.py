@@ -107,6 +107,7 @@ class FitConfig:
     """`sanitize fit`: auxiliary shards + encoder → detector folder.
 
     reference: an encoder that the suspect's maker does not control, best the ancestor the suspect was fine-tuned from
+    contamination: share of the auxiliary images, at most, that may be poison themselves, as where they are a part of what is scanned
     """
 
     shards: Paths
@@ -118,6 +119,7 @@ class FitConfig:
     reference: EncoderSpec | None = None
     scorer: str = "reaction"
     test_mask_ratio: float = 1.0
+    contamination: float = 0.0
     seed: int = 21
     image_member: str = ""
     limit: int = 0  # use at most this many auxiliary images; 0 = all
@@ -132,6 +134,10 @@ class FitConfig:
         check_out(self.out)
         check(self.scorer in SCORERS, f"scorer: {self.scorer!r} is not one of {', '.join(SCORERS)}.")
         check(0 < self.test_mask_ratio <= 1, "test_mask_ratio: must be above 0 and at most 1.")
+        check(
+            0 <= self.contamination <= 0.2,
+            f"contamination: {self.contamination} is not between 0 and 0.2. With more poison than that nothing clean can be learnt.",
+        )
         check(self.limit >= 0 and self.batch_size >= 1, "limit must be >= 0 and batch_size >= 1.")
         check(
             self.reference is None or (self.scorer == "evidence" and self.prediction.views > 0),

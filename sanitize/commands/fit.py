@@ -34,6 +34,7 @@ from sanitize.stages.evidence import PREDICTION, REACTION, WHEREABOUTS, combinat
 from sanitize.stages.preprocessing import complete_spec
 from sanitize.stages.scoring import Floats, References, Scorer
 from sanitize.stages.shards import head_tails, list_shards
+from sanitize.stages.tails import extrapolated
 from sanitize.stages.thresholds import fewest_for, is_counted, lowest_rate
 from sanitize.training import split
 from sanitize.training.calibration import StatisticsTask, measure_statistics, rows_of
@@ -78,9 +79,10 @@ def fit(config: FitConfig) -> Detector:
             calibrated, reference, prediction = Calibration(scores.numpy(), scores.numpy()), None, NO_PREDICTION
             if config.scorer in ("evidence", "reaction"):
                 reference, calibrated = _calibrate(config, used, training, held_out, resources)
+            calibrated = calibrated.without_poison(config.contamination)
             if config.scorer == "evidence":
                 prediction = learn_to_predict(config, used, training.hashes, held_out.hashes, resources)
-                calibrated = _combine(calibrated, prediction)
+                calibrated = _combine(calibrated, prediction, config.contamination)
         _require_finite(calibrated.scores)
         detector = _detector(
             config, identity, state, scorer.references, reference, calibrated, prediction, len(training.hashes)
@@ -230,6 +232,10 @@ class Calibration:
     prescreen_scores: Floats
     evidence: dict[str, Floats] = field(default_factory=dict)
 
+    def without_poison(self, share: float) -> "Calibration":
+        """The highest scores, a share of them, replaced by what the others let expect."""
+        return Calibration(extrapolated(self.scores, share), extrapolated(self.prescreen_scores, share), self.evidence)
+
 
 def _calibrate(
     config: FitConfig, shards: list[Shard], training: Auxiliary, held_out: Auxiliary, resources: Resources
@@ -253,11 +259,11 @@ def _calibrate(
     return reference, Calibration(reference.distance(observed).numpy(), reference.prescreen_score(observed).numpy())
 
 
-def _combine(calibrated: Calibration, prediction: Prediction) -> Calibration:
+def _combine(calibrated: Calibration, prediction: Prediction, contamination: float) -> Calibration:
     """Scores of `evidence`: of everything, and of what the one pass gives."""
     first = {WHEREABOUTS: calibrated.prescreen_scores}
     if prediction.predictor:
-        first[PREDICTION] = prediction.energy
+        first[PREDICTION] = extrapolated(prediction.energy, contamination)
     values = first | {REACTION: calibrated.scores}
     evidence = combination(values, prediction.predictor.explained if prediction.predictor else None)
     return Calibration(evidence.score(values), evidence.score(first), values)

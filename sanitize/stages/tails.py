@@ -58,6 +58,27 @@ class Tail:
         return Tail(known.astype(np.float32), start, self.above, self.shape, self.scale * ratio)
 
 
+def extrapolated(values: Floats, share: float) -> Floats:
+    """values (n,) with the highest `share`, which may be poison's, replaced by what the clean ones below them let expect there.
+
+    An exponential tail above the next TOP of them, fitted as to a censored sample (Epstein and Sobel, JASA 1953). Where they were poison,
+    the cut is higher than asked for: a clean image is kept rather than lost.
+    """
+    count = len(values)
+    doubtful = min(math.ceil(share * count - 1e-9), count // 2)
+    above = min(doubtful + max(round(TOP * count), FEWEST), count - 1)
+    if not 0 < doubtful < above:
+        return values
+    order = np.argsort(values, kind="stable")
+    start, known = values[order[-above - 1]], values[order[-above:-doubtful]].astype(np.float64)
+    longest = known[-1] - start
+    scale = float((known - start).sum() + doubtful * longest) / len(known)
+    places = np.arange(doubtful, 0, -1) - 0.5  # from the top
+    replaced = values.copy()
+    replaced[order[-doubtful:]] = start + np.maximum(scale * np.log(above / places), longest)
+    return replaced
+
+
 def fit_tail(calibration: Floats) -> Tail:
     """Of the values of clean held-out images (n,), n >= 1.
 

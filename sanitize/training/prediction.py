@@ -36,6 +36,7 @@ from sanitize.training.queries import Queries, QueryTask, ask
 log = logging.getLogger(__name__)
 HELD_OUT = 0.2  # of the training images: R² and residuals are measured on them
 FEWEST = 50  # of them
+TRIMMED = 3  # times the contamination: of a batch of 128 at 1 %, hardly one in fifty has more poison than that
 PENALTIES = tuple(10.0**power for power in range(-6, 3))  # of the ridge, relative to the mean eigenvalue
 
 
@@ -112,7 +113,9 @@ def learn_to_predict(
         queries.select(torch.tensor([row[bytes(name)] for name in names.numpy()]))
         for names in (chosen[~judging], chosen[judging], calibration)
     )
-    predictor = fit_predictor(of_training, of_judging, config.prediction, config.seed, runtime.device())
+    predictor = fit_predictor(
+        of_training, of_judging, config.prediction, config.seed, runtime.device(), config.contamination
+    )
     if predictor.explained < WORTHLESS:
         log.warning(
             "no prediction: what was learnt explains %.2f of the encoder's embeddings of new images (R²), less than %g. Give --reference, "
@@ -123,7 +126,9 @@ def learn_to_predict(
         )
         return Prediction(None, _NOTHING, NONE, predictor.explained)
     log.info("the predictor explains %.2f of the encoder's embeddings of new images (R²)", predictor.explained)
-    return Prediction(predictor, *_departures(predictor, of_calibration), predictor.explained)
+    energy, departures = _departures(predictor, of_calibration)
+    departures = _without_the_worst(departures, energy, config.contamination, config.seed)
+    return Prediction(predictor, energy, departures, predictor.explained)
 
 
 @torch.inference_mode()
@@ -136,26 +141,62 @@ def _departures(predictor: Predictor, queries: Queries) -> tuple[Floats, Departu
     return energy, Departures(quantised(whitened), hashes)
 
 
+def _without_the_worst(departures: Departures, energy: Floats, contamination: float, seed: int) -> Departures:
+    """Of a share `contamination`, those of the highest energy (N,), nothing is known: they are replaced by those of other images."""
+    count = math.ceil(contamination * len(energy))
+    order, rows = np.argsort(energy, kind="stable"), np.arange(len(energy))
+    if count:
+        rows[order[-count:]] = np.random.default_rng(seed).choice(order[:-count], count)
+    return Departures(departures.residuals[rows], departures.hashes[rows])
+
+
 def fit_predictor(
-    training: Queries, held_out: Queries, config: PredictionConfig, seed: int, device: torch.device
+    training: Queries,
+    held_out: Queries,
+    config: PredictionConfig,
+    seed: int,
+    device: torch.device,
+    contamination: float = 0.0,
 ) -> Predictor:
-    """training teaches the eye; held_out, images it never saw, gives R² and what residuals of clean images are like."""
+    """training teaches the eye; held_out, images it never saw, gives R² and what residuals of clean images are like.
+
+    contamination: share of both that may be poison: as many are left out, of those that are predicted worst
+    """
     target = fit_target(training.embeddings[:, 0], config.components)
     eye_size = training.seen.shape[-1] if training.seen.ndim == 5 else 0
     targets, seen = target(training.embeddings.flatten(0, 1)), training.seen.flatten(0, 1)
     held_targets, held_seen = target(held_out.embeddings.flatten(0, 1)), held_out.seen.flatten(0, 1)
     if eye_size:
-        eye: Student | LinearEye = train_student(seen, targets, config, seed, device)
+        eye: Student | LinearEye = train_student(seen, targets, config, seed, device, contamination)
     else:
         eye = fit_ridge(seen, targets, held_seen, held_targets)
+        best = _predicted_best(targets, _predicted(eye, seen), contamination)
+        eye = fit_ridge(seen[best], targets[best], held_seen, held_targets) if contamination else eye
     predicted = _predicted(eye, held_seen)
+    best = _predicted_best(held_targets, predicted, contamination)
+    held_targets, predicted = held_targets[best], predicted[best]
     return Predictor(eye, target, fit_departure(held_targets, predicted), explained(held_targets, predicted), eye_size)
 
 
+def _predicted_best(targets: Tensor, predicted: Tensor, contamination: float) -> Tensor:
+    """Positions of all but a share `contamination` of (N, k + 1), in order."""
+    errors = (targets - predicted).square().sum(dim=1)
+    kept = len(errors) - math.ceil(contamination * len(errors))
+    return errors.argsort()[:kept].sort().values
+
+
 def train_student(
-    images: Tensor, targets: Tensor, config: PredictionConfig, seed: int, device: torch.device
+    images: Tensor,
+    targets: Tensor,
+    config: PredictionConfig,
+    seed: int,
+    device: torch.device,
+    contamination: float = 0.0,
 ) -> Student:
-    """images (N, 3, E, E) uint8, targets (N, k + 1) → student in eval mode, on the CPU."""
+    """images (N, 3, E, E) uint8, targets (N, k + 1) → student in eval mode, on the CPU.
+
+    A trimmed loss: of every batch a share TRIMMED * contamination, the worst predicted, teaches nothing once the first epoch is through.
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     student = Student(targets.shape[1], config.width).to(device).train()
@@ -169,7 +210,9 @@ def train_student(
         for epoch in range(config.epochs):
             for batch in split.shuffled_batches(len(images), batch_size, generator):
                 predicted = student(images[batch].to(device).float() / 255)
-                loss = functional.smooth_l1_loss(predicted, targets[batch].to(device))
+                losses = functional.smooth_l1_loss(predicted, targets[batch].to(device), reduction="none").mean(dim=1)
+                taught = batch_size - (math.ceil(TRIMMED * contamination * batch_size) if epoch else 0)
+                loss = losses.topk(taught, largest=False).values.mean() if taught < batch_size else losses.mean()
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
