@@ -63,6 +63,11 @@ def main() -> None:
     "--reference",
     help="evidence: YAML of an encoder its maker does not control, best the ancestor; predicts embeddings",
 )
+@click.option(
+    "--contamination",
+    type=float,
+    help="Share of the auxiliary images, at most, that may be poison, as where they are a part of what is scanned [default: 0]",
+)
 @click.option("--limit", type=int, help="Use at most this many auxiliary images")
 @click.option("--seed", type=int)
 @common_options

@@ -30,7 +30,8 @@ MAX_ROWS = 100_000  # that the bulk is estimated from, drawn from the scan
 MAX_FLAGGED = 0.2  # of the scan above what 1 % of clean images exceed: more, and its bulk proves nothing
 FEW_FLAGGED = 0.05  # of the scan, that adapting may flag whatever was flagged before
 UNTRUSTED = (
-    "Its bulk may not be clean. Look at `sanitize audit`; if those are clean, fit with auxiliary images more like these"
+    "Its bulk may not be clean. Look at `sanitize audit`; if those are clean, fit with auxiliary images more like these, for want of "
+    "others with a part of this very scan (`sanitize fit --contamination 0.02`)"
 )
 
 
