@@ -1,4 +1,4 @@
-"""Commands around the main job: pack, list, review, inspect, poison, check-encoder, init."""
+"""Commands around the main job: pack, list, review, card, inspect, poison, check-encoder, init."""
 
 import sys
 from typing import Any
@@ -128,6 +128,21 @@ def review(scanned: str, workers: int, address: str, **options: Any) -> None:
         cleaned(out, result.cleaned),
     )
     exit_for_shards(result.cleaned.failed)
+
+
+@click.command()
+@click.argument("scanned", default="scanned")
+@click.argument("file", default="")
+def card(scanned: str, file: str) -> None:
+    """A section for the data card of the cleaned set, in Markdown: what was removed, why, by what rule and by whom.
+
+    \b
+    Example:  sanitize card scanned/ cleaning.md
+    """
+    from sanitize.commands.card import card as run
+
+    result = run(scanned.rstrip("/"), file)
+    tell(result, f"wrote {file}" if file else result.text)
 
 
 @click.command()
