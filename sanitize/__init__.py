@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it, `__all__` and `_HO
     from sanitize.artifacts.head_folder import TrainedHead, load_head
     from sanitize.attacks.triggers import make_trigger
     from sanitize.commands.audit import AuditResult, audit
+    from sanitize.commands.card import CardResult, card
     from sanitize.commands.check_encoder import EncoderCheck, check_encoder
     from sanitize.commands.clean import clean
     from sanitize.commands.finetune import FinetuneResult, finetune
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it, `__all__` and `_HO
 
 __all__ = [
     "AuditResult",
+    "CardResult",
     "CleanResult",
     "DecreeConfig",
     "Detector",
@@ -54,6 +56,7 @@ __all__ = [
     "TrainedHead",
     "VerifyResult",
     "audit",
+    "card",
     "check_encoder",
     "clean",
     "export_encoder",
@@ -87,6 +90,7 @@ _HOMES = {  # module → the names of the library that live there
     "commands.list_samples": ("list_samples", "ListResult"),
     "commands.pack": ("pack", "PackResult"),
     "commands.poison": ("poison", "PoisonResult"),
+    "commands.card": ("card", "CardResult"),
     "commands.review": ("review", "ReviewResult"),
     "kept_samples": ("KeptSamples", "keep_only"),
     "config": ("EncoderSpec", "FinetuneConfig", "FitConfig", "ScanConfig", "ThresholdPolicy"),

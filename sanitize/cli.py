@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from sanitize import __version__, process
-from sanitize.cli_around import check_encoder, init, inspect, list_samples, pack, poison, review
+from sanitize.cli_around import card, check_encoder, init, inspect, list_samples, pack, poison, review
 from sanitize.cli_options import (
     build_config,
     common_options,
@@ -19,7 +19,16 @@ from sanitize.cli_options import (
     settings_of,
     take_policy,
 )
-from sanitize.cli_output import EXIT_CODES, Command, cleaned, exit_for_shards, quiet_option, tell
+from sanitize.cli_output import (
+    EXIT_CODES,
+    Command,
+    TerminalFormatter,
+    cleaned,
+    exit_for_shards,
+    quiet_option,
+    tell,
+    tell_error,
+)
 from sanitize.config import MODES, PRECISIONS, SCORERS, FinetuneConfig, FitConfig, ScanConfig, ThresholdPolicy
 from sanitize.config_loading import from_mapping, overlay, to_mapping
 from sanitize.errors import ConfigError
@@ -38,7 +47,9 @@ def main() -> None:
     """
     process.prepare()
     level = logging.WARNING if click.get_current_context().meta.get("quiet") else logging.INFO
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(TerminalFormatter("%(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
     for noisy in ("ray", "matplotlib", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -278,7 +289,7 @@ def verify(scanned: str, deep: bool, repair: bool) -> None:
 
     result = run(scanned.rstrip("/"), deep=deep, repair=repair)
     for problem in result.problems:
-        click.echo(f"problem: {problem}", err=True)
+        tell_error(f"problem: {problem}")
     counts = f"{result.shards} shards, {result.files} files, {result.samples} samples, {len(result.problems)} problems"
     deleted = f"{len(result.deleted)} files deleted. Run the same `sanitize scan` again; it writes them anew."
     tell(result, f"{scanned}: {counts}", *([deleted] if result.deleted else []))
@@ -286,7 +297,7 @@ def verify(scanned: str, deep: bool, repair: bool) -> None:
         sys.exit(1)
 
 
-for command in (pack, list_samples, review, check_encoder, inspect, poison, init):
+for command in (pack, list_samples, review, card, check_encoder, inspect, poison, init):
     main.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""Commands around the main job: pack, list, review, inspect, poison, check-encoder, init."""
+"""Commands around the main job: pack, list, review, card, inspect, poison, check-encoder, init."""
 
 import sys
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from sanitize.cli_options import parse_settings
-from sanitize.cli_output import cleaned, exit_for_shards, tell
+from sanitize.cli_output import cleaned, exit_for_shards, tell, tell_error
 from sanitize.config_loading import from_mapping, load_encoder_spec, overlay
 from sanitize.errors import check
 
@@ -53,7 +53,7 @@ def pack(source: str, target: str | None, out: str | None, workers: int, address
     unreadable = f"; {result.unreadable} could not be read" if result.unreadable else ""
     tell(result, f"{result.out}: {result.samples} samples in {result.shards} shards{unreadable}")
     for problem in result.problems:
-        click.echo(f"sample: {problem}", err=True)
+        tell_error(f"sample: {problem}")
     if result.unreadable:
         click.echo(
             f"{result.unreadable} sample(s) are in no shard; {result.out}/originals names each in its column `problem`. Repair "
@@ -61,7 +61,7 @@ def pack(source: str, target: str | None, out: str | None, workers: int, address
             err=True,
         )
     for message in result.failed:
-        click.echo(f"shard: {message}", err=True)
+        tell_error(f"shard: {message}")
     if result.failed:
         click.echo(f"{len(result.failed)} shard(s) failed; the same command tries them again.", err=True)
     if result.unreadable or result.failed:
@@ -88,7 +88,7 @@ def list_samples(scanned: str, file: str, only: str | None, originals: str) -> N
     known = f"{result.with_original} of them with their original"
     tell(result, f"{file}: {result.samples} samples, {result.kept} kept and {result.removed} removed, {known}")
     for message in result.failed:
-        click.echo(f"shard: {message}", err=True)
+        tell_error(f"shard: {message}")
     if result.failed:
         click.echo(f"{len(result.failed)} shard(s) are not listed; everything else is.", err=True)
         sys.exit(1)
@@ -128,6 +128,21 @@ def review(scanned: str, workers: int, address: str, **options: Any) -> None:
         cleaned(out, result.cleaned),
     )
     exit_for_shards(result.cleaned.failed)
+
+
+@click.command()
+@click.argument("scanned", default="scanned")
+@click.argument("file", default="")
+def card(scanned: str, file: str) -> None:
+    """A section for the data card of the cleaned set, in Markdown: what was removed, why, by what rule and by whom.
+
+    \b
+    Example:  sanitize card scanned/ cleaning.md
+    """
+    from sanitize.commands.card import card as run
+
+    result = run(scanned.rstrip("/"), file)
+    tell(result, f"wrote {file}" if file else result.text)
 
 
 @click.command()

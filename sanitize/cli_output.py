@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,28 @@ Exit codes:
   3    refused, because the result would probably harm you (--force overrides)
   130  interrupted (Ctrl-C), 143 terminated (SIGTERM): what is finished is kept
 """
+
+
+# what controls a terminal, turns the direction of text or is no character; line ends and tabs are ours
+_HOSTILE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+LONGEST = 2000  # characters of a line: a key may have 64 KiB
+
+
+def for_terminal(text: str) -> str:
+    """What a terminal may be given: keys, captions and names come from strangers, so none of it is obeyed or fills the screen."""
+    visible = _HOSTILE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    lines = visible.split("\n")
+    return "\n".join(s if len(s) <= LONGEST else f"{s[:LONGEST]}... ({len(s)} characters)" for s in lines)
+
+
+def tell_error(text: str) -> None:
+    """A line on stderr."""
+    click.echo(for_terminal(text), err=True)
+
+
+class TerminalFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return for_terminal(super().format(record))
 
 
 def _be_quiet(context: click.Context, _parameter: click.Parameter, quiet: bool) -> None:
@@ -51,9 +74,10 @@ def tell(result: Any, *lines: str) -> None:
     """The result of a command on stdout: lines for people or, where --json asks for it, `result` (a dataclass, or plain values)."""
     if click.get_current_context().meta.get("json"):
         values = to_mapping(result) if dataclasses.is_dataclass(result) else result
-        lines = (json.dumps(plain_numbers(values), sort_keys=True),)
+        click.echo(json.dumps(plain_numbers(values), sort_keys=True))  # ASCII, whatever is in it
+        return
     for line in lines:
-        click.echo(line)
+        click.echo(for_terminal(line))
 
 
 def cleaned(out: str, result: Any) -> str:
@@ -66,9 +90,9 @@ def cleaned(out: str, result: Any) -> str:
 def exit_for_shards(failed: Sequence[str]) -> None:
     """With exit code 1 where shards failed; each message is told."""
     for message in failed:
-        click.echo(f"shard: {message}", err=True)
+        tell_error(f"shard: {message}")
     if failed:
-        click.echo(f"{len(failed)} shard(s) failed or are damaged; everything else is done.", err=True)
+        tell_error(f"{len(failed)} shard(s) failed or are damaged; everything else is done.")
         sys.exit(1)
 
 
@@ -104,7 +128,7 @@ class Command(click.Group):
         try:
             return super().invoke(context)
         except SanitizeError as error:
-            click.echo(f"error: {error}", err=True)
+            tell_error(f"error: {error}")
             context.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo(f"{word}; run the same command again to go on.", err=True)
@@ -115,9 +139,8 @@ class Command(click.Group):
             if os.environ.get(TRACEBACK):
                 raise
             why = " ".join(str(error).split())[:300]
-            click.echo(
+            tell_error(
                 f"error: failed unexpectedly ({type(error).__name__}: {why}). Finished files are kept. Please report it, with what the "
-                f"same command says when {TRACEBACK}=1 is set.",
-                err=True,
+                f"same command says when {TRACEBACK}=1 is set."
             )
             context.exit(2)

@@ -123,7 +123,7 @@ MISTAKES: dict[str, Any] = {
 @pytest.mark.parametrize("case", MISTAKES)
 def test_what_cannot_be_meant_is_refused_in_words_and_changes_nothing(scanned, tmp_path, case):
     given, words = MISTAKES[case]
-    options = dict(given)
+    options: dict[str, Any] = dict(given)
     name = options.pop("name", "k.txt")
     if {"text", "data"} & options.keys():
         (tmp_path / name).write_bytes(options.pop("data", b"") or options.pop("text", "").encode())

@@ -24,6 +24,7 @@ COMMANDS = {  # name of the schema of what it prints → arguments
     "result_scan": ("scan", "shards", "--workers", "0", "--fpr", "0.05", "--force"),
     "result_clean": ("clean", "--policy", "fdr", "--fpr", "0.0001"),
     "result_review": ("review", "--remove", "keys.txt", "--by", "Ada", "--note", "looks odd"),
+    "result_card": ("card", "scanned"),
     "result_audit": ("audit", "--top", "0"),
     "result_verify": ("verify",),
     "result_finetune": ("finetune", "labelled", "--encoder", "encoder.yaml", "--workers", "0", "--epochs", "2"),
