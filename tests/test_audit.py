@@ -72,6 +72,11 @@ def test_without_images_nothing_is_read_but_scores(scanned, shards):
     assert (summary(scanned)["shown"], data(scanned)["rows"]["key"]) == (0, [])
 
 
+def test_fewer_than_no_samples_are_refused(scanned):
+    with pytest.raises(ConfigError, match="top: -1 samples; give 0"):
+        audit(scanned, top=-1)
+
+
 def test_fewer_than_were_removed_are_the_highest_scores_and_the_page_says_so(scanned):
     audit(scanned, top=3)
     rows = data(scanned)["rows"]

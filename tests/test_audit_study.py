@@ -12,7 +12,7 @@ from sanitize.config_loading import from_mapping
 
 def campaign(common: torch.Tensor) -> Campaign:
     nothing = torch.zeros(3, *common.shape)
-    return Campaign([0], 0.0, [], [], [], [], [], nothing, nothing, common, [], [])
+    return Campaign([0], 0.0, [], [], {}, [], [], [], nothing, nothing, common, [], [])
 
 
 def test_the_mask_of_a_patch_is_its_square():

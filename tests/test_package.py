@@ -34,7 +34,12 @@ def test_every_hint_to_install_an_extra_names_our_distribution_and_an_extra_that
 def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
     source = tmp_path / "source"
-    for path in [*ROOT.glob("sanitize/**/*.py"), *(ROOT / n for n in ("pyproject.toml", "README.md", "LICENSE"))]:
+    pages = [path for path in ROOT.glob("sanitize/pages/*") if path.is_file()]
+    for path in [
+        *ROOT.glob("sanitize/**/*.py"),
+        *pages,
+        *(ROOT / n for n in ("pyproject.toml", "README.md", "LICENSE")),
+    ]:
         copy = source / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
@@ -47,6 +52,6 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
         described = email.message_from_bytes(archive.read(f"{meta}/METADATA"))
         commands = archive.read(f"{meta}/entry_points.txt").decode()
     assert {name.partition("/")[0] for name in names} == {"sanitize", meta}
-    assert "sanitize/py.typed" in names
+    assert {"sanitize/py.typed", *(f"sanitize/pages/{path.name}" for path in pages)} <= set(names)
     assert (described["Name"], described["Version"]) == (PROJECT["name"], sanitize.__version__)
     assert "sanitize = sanitize.cli:main" in commands

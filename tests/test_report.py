@@ -91,7 +91,12 @@ def page(browser, scanned) -> Iterator[Any]:
     page, complaints, requests = context.new_page(), [], []
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("dialog", lambda dialog: (complaints.append("dialog"), dialog.accept()))
+
+    def refuse(dialog: Any) -> None:
+        complaints.append(dialog.message)
+        dialog.dismiss()
+
+    page.on("dialog", refuse)
     page.on("request", lambda request: requests.append(request.url))
     page.goto(Path(scanned, "audit", "report.html").as_uri())
     yield page

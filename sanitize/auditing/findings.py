@@ -34,12 +34,14 @@ class Occluded:
 class Campaign:
     """members: positions among the flagged pictures, highest score first; within: share of kept samples as close to its centre as
     half of it; mean and deviation (3, s, s), common (s, s): of its images, in [0, 1]; nearest: positions among the kept pictures;
-    words: of captions, with their share here and among kept ones; occluded: of its highest scores."""
+    words: of captions, with their share here and among kept ones; usual_labels: share of each label among kept ones; occluded: of its
+    highest scores."""
 
     members: list[int]
     within: float
     shards: Counted
     labels: Counted
+    usual_labels: dict[str, float]
     captions: Counted
     words: list[tuple[str, float, float]]
     reasons: Counted
@@ -81,6 +83,7 @@ def _describe(
         within=campaigns.share_within(kept.embeddings, embeddings, place),
         shards=_counted([row.shard for row in own]),
         labels=_counted([picture.label for picture in pictures]),
+        usual_labels={label: count / len(kept.pictures) for label, count in _counted([p.label for p in kept.pictures])},
         captions=[entry for entry in _counted(captions) if entry[1] > 1],
         words=campaigns.common_words(
             [text for text in captions if text], [p.caption for p in kept.pictures if p.caption]

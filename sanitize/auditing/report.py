@@ -1,6 +1,6 @@
 """What was found → the values of report.html. Texts stay plain here; the page makes them harmless."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -126,16 +126,21 @@ def _campaign(number: int, campaign: Campaign, found: Findings) -> dict[str, Any
         f"flagged. {campaign.within:.1%} of kept images lie as close to its centre as half of it does.",
         "shots": _shots(campaign, found),
         "shards": _notes(campaign.shards, len(campaign)),
-        "labels": _notes(campaign.labels, len(campaign)),
+        "labels": _notes(campaign.labels, len(campaign), campaign.usual_labels),
         "captions": _notes(campaign.captions, len(campaign)),
         "reasons": _notes(campaign.reasons, len(campaign)),
         "words": [(word, f"in {own:.0%}, of kept {usual:.0%}") for word, own, usual in campaign.words],
     }
 
 
-def _notes(entries: Sequence[tuple[str, int]], size: int, most: int = 6) -> list[tuple[str, str]]:
-    """(text, count and share) of the first; what is left is summed up."""
-    notes = [(text[:200], f"{count:,} ({count / size:.0%})") for text, count in entries[:most]]
+def _notes(
+    entries: Sequence[tuple[str, int]], size: int, usual: Mapping[str, float] | None = None, most: int = 6
+) -> list[tuple[str, str]]:
+    """(text, count and share) of the first; what is left is summed up. usual: share of each among kept samples, where that is known."""
+    notes = []
+    for text, count in entries[:most]:
+        compared = "" if usual is None else f", of kept {usual.get(text, 0.0):.0%}"
+        notes.append((text[:200], f"{count:,} ({count / size:.0%}{compared})"))
     if rest := entries[most:]:
         notes.append((f"{len(rest):,} others", f"{sum(count for _, count in rest):,}"))
     return notes

@@ -24,7 +24,7 @@ from sanitize.auditing.scored import (
 from sanitize.auditing.selection import Selection, select
 from sanitize.auditing.text import audit_text, why_text
 from sanitize.config_loading import to_mapping
-from sanitize.errors import ConfigError, RefusedError, SanitizeError
+from sanitize.errors import ConfigError, RefusedError, SanitizeError, check
 from sanitize.metrics import Detection, detection
 from sanitize.paths import AnyPath, path_text
 from sanitize.stages.campaigns import SINGLE, Groups
@@ -74,6 +74,7 @@ class AuditResult:
 def audit(out: AnyPath, truth: AnyPath = "", top: int = MOST_SHOWN) -> AuditResult:
     """Summarise a scan; write summary.json and report.html into `out`/audit. top: flagged samples in the report; 0 = no images are read."""
     out, truth = path_text(out, "out"), path_text(truth, "truth")
+    check(top >= 0, f"top: {top} samples; give 0 (no images) or more.")
     folder = ScanFolder(out)
     run, summary = folder.run(), folder.summary()
     scored = read_scored(folder, run, summary)

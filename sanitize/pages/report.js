@@ -220,7 +220,7 @@
     pen.scale(ratio, ratio);
     for (let i = 0; i < points.x.length; i++) {
       const campaign = points.campaign[i], size = campaign >= -1 ? 3 : 2;
-      pen.globalAlpha = campaign >= -1 ? 0.85 : 0.45;
+      pen.globalAlpha = campaign >= -1 ? 0.85 : 0.7;
       pen.fillStyle = colour(campaign);
       pen.beginPath();
       pen.arc(12 + points.x[i] * (width - 24), height - 12 - points.y[i] * (height - 24), size, 0, 7);
