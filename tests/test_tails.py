@@ -101,8 +101,8 @@ def test_a_predictor_weighs_what_it_explains():
 
 @pytest.mark.parametrize("poison", [0.0, 0.01, 0.02])
 def test_poison_among_the_calibration_images_does_not_move_the_cut(poison):
-    """Taken as they are, 2 % of poison put the 1 % quantile where the poison is. Allowed for and not there, the rate is the asked one; there,
-    it is lower, for then the clean images that stood below it were taken for its neighbours."""
+    """Taken as they are, 2 % of poison put the 1 % quantile where the poison is. Allowed for and not there, the rate is the asked one;
+    there, it is lower: the clean images below were taken for the part of a tail."""
     fresh, rates, spoilt = chi(100_000, 99), [], []
     for seed in range(30):
         values = chi(800, seed)
