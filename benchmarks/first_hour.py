@@ -103,8 +103,8 @@ def huggingface(kind: str) -> Callable[[Path], None]:
         if kind == "clip":
             model = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(projection_dim=512))
         else:
-            settings = {"hidden_size": 384, "num_attention_heads": 6, "image_size": SIZE, "patch_size": 14}
-            model = transformers.Dinov2Model(transformers.Dinov2Config(**settings))
+            config = transformers.Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=SIZE, patch_size=14)
+            model = transformers.Dinov2Model(config)
         model.save_pretrained(folder / "model")
         transformers.CLIPImageProcessor().save_pretrained(folder / "model")
 
