@@ -100,6 +100,7 @@ def huggingface(kind: str) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         import transformers
 
+        model: transformers.PreTrainedModel
         if kind == "clip":
             model = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(projection_dim=512))
         else:
@@ -267,12 +268,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=300, help="of each user to scan, and as many to fit on")
     parser.add_argument("--out", type=Path, default=Path("runs/first_hour"), help="a folder that does not exist yet")
+    parser.add_argument(
+        "--programs", type=Path, help="bin folder of an environment that is there, in place of a fresh one"
+    )
     parser.add_argument("--page", default="", help="Markdown page whose table is made anew")
     options = parser.parse_args()
     options.out.mkdir(parents=True)
-    out = options.out.resolve()
-    programs, seconds = install(out)
-    lines = [["everyone", f"`pip install .[{EXTRAS}]`", f"{seconds:.0f}"]]
+    out, programs, lines = options.out.resolve(), options.programs, list[list[str]]()
+    if not programs:
+        programs, seconds = install(out)
+        lines = [["everyone", f"`pip install .[{EXTRAS}]`", f"{seconds:.0f}"]]
     with s3_server():
         for number, user in enumerate(USERS):
             folder = out / str(number)
