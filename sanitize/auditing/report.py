@@ -48,7 +48,7 @@ def report_html(found: Findings) -> bytes:
         thresholds=[_threshold_cells(row) for row in table],
         thresholds_text="The last column is how many samples would be removed if none were poison and all were like the "
         "calibration images; what is removed beyond it stands out for another reason. Samples without a score are not counted.",
-        review_command=f"sanitize review {found.out} --decisions decisions.csv",
+        review_command=f"sanitize review {found.out} --decisions decisions.csv --by YOU",
         check_command=f"sanitize audit {found.out} --check",
         record=_record(found),
         data=page_data(found),
