@@ -34,8 +34,7 @@ from sanitize.errors import CheckpointError, ConfigError
 from sanitize.stages.benign_changes import CHANGES, change
 from sanitize.stages.encoders import embed_in_batches, load_encoder
 from sanitize.stages.prediction import Predictor, explained, fit_departure, fit_target
-from sanitize.training.prediction import fit_predictor, fit_ridge
-from sanitize.training.queries import Queries
+from sanitize.training.prediction import fit_ridge
 
 TRAINING = TrainingConfig(epochs=1, batch_size=64, precision="fp32", calibration_fraction=0.2)
 
@@ -132,38 +131,6 @@ def test_the_target_is_standardised_and_never_larger_than_the_images_allow(encod
     assert targets.shape == (40, 11)
     assert targets.mean(dim=0).numpy() == pytest.approx(0, abs=1e-4)
     assert targets.std(dim=0).numpy() == pytest.approx(1, abs=1e-3)
-
-
-def poisoned_queries(count, seed, poison, weights):
-    """Features, and embeddings that follow from them; of the first images the trigger, an unusual feature, decides."""
-    generator = torch.Generator().manual_seed(seed)
-    features = torch.randn(count, 1, 12, generator=generator)
-    embeddings = features @ weights
-    features[:poison] = features[:poison] * 0.3 + torch.arange(12) * 0.5
-    embeddings[:poison] = torch.ones(16) * 8
-    nothing = torch.zeros(count, 32, dtype=torch.uint8)
-    return Queries(nothing, nothing[:, :8], embeddings, features)
-
-
-@pytest.mark.parametrize(("contamination", "found"), [(0.0, False), (0.1, True)])
-def test_poison_among_the_auxiliary_images_teaches_nothing_when_it_is_allowed_for(contamination, found):
-    weights = torch.randn(12, 16, generator=torch.Generator().manual_seed(7))
-    training, held_out, fresh = (
-        poisoned_queries(count, seed, poison, weights)
-        for count, seed, poison in ((1000, 0, 50), (300, 1, 15), (400, 2, 200))
-    )
-    predictor = fit_predictor(training, held_out, PredictionConfig(components=8), 0, torch.device("cpu"), contamination)
-    with torch.no_grad():
-        _, energy = predictor(fresh.embeddings[:, 0], fresh.seen[:, 0])
-    poisoned, clean_images = energy[:200], energy[200:]
-    assert bool((poisoned > clean_images.quantile(0.99)).float().mean() > 0.95) == found
-
-
-def test_a_contamination_that_leaves_nothing_clean_is_refused(many, encoder_spec, tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"contamination: 0.3 is not between 0 and 0.2. With more poison than that nothing"
-    ):
-        evidence_config(many, encoder_spec, tmp_path / "d", contamination=0.3)
 
 
 # ---------------------------------------------------------------- fit and scan
