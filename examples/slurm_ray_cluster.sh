@@ -4,7 +4,7 @@
 set -euo pipefail
 
 PORT=6379
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # not `head`, which may leave before the list ends: SIGPIPE
 workers=$((SLURM_JOB_NUM_NODES - 1))
 export RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | base64 | tr -d '/+=\n') # srun hands it to every node of this job
