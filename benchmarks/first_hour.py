@@ -140,6 +140,44 @@ INIT = "sanitize init --encoder"
 LOOK = "sanitize check-encoder encoder.yaml"
 USERS = (
     User(
+        "tars on S3, timm ViT",
+        on_s3,
+        timm_file,
+        (
+            f"{INIT} timm:vit_tiny_patch16_224 --weights weights.pt",
+            f"{LOOK} s3://bucket/aux",
+            "sanitize fit s3://bucket/aux --encoder encoder.yaml --out s3://bucket/detector",
+            "sanitize scan s3://bucket/shards --detector s3://bucket/detector --out s3://bucket/scanned",
+            "sanitize verify s3://bucket/scanned",
+        ),
+    ),
+    User(
+        "CSV of photos and captions, open_clip",
+        captioned,
+        open_clip_file,
+        (
+            "sanitize pack pairs.csv shards",
+            "sanitize pack aux-pairs.csv aux",
+            f"{LOOK} aux",
+            "sanitize fit aux --encoder encoder.yaml",
+            "sanitize scan shards --caption-member txt",
+            "sanitize audit scanned",
+        ),
+    ),
+    User(
+        "folder of JPEG files, torchvision ConvNeXt",
+        folders,
+        torchvision_file,
+        (
+            f"{INIT} torchvision:convnext_tiny --weights weights.pt",
+            "sanitize pack photos shards",
+            "sanitize pack aux-photos aux --labels none",
+            f"{LOOK} aux",
+            "sanitize fit aux --encoder encoder.yaml",
+            "sanitize scan shards",
+        ),
+    ),
+    User(
         "folder of JPEG files, Hugging Face CLIP",
         folders,
         huggingface("clip"),
@@ -165,44 +203,6 @@ USERS = (
             "sanitize fit aux --encoder encoder.yaml",
             "sanitize scan shards",
             "sanitize list scanned removed.csv --only removed",
-        ),
-    ),
-    User(
-        "tars on S3, timm ViT",
-        on_s3,
-        timm_file,
-        (
-            f"{INIT} timm:vit_tiny_patch16_224 --weights weights.pt",
-            f"{LOOK} s3://bucket/aux",
-            "sanitize fit s3://bucket/aux --encoder encoder.yaml --out s3://bucket/detector",
-            "sanitize scan s3://bucket/shards --detector s3://bucket/detector --out s3://bucket/scanned",
-            "sanitize verify s3://bucket/scanned",
-        ),
-    ),
-    User(
-        "folder of JPEG files, torchvision ConvNeXt",
-        folders,
-        torchvision_file,
-        (
-            f"{INIT} torchvision:convnext_tiny --weights weights.pt",
-            "sanitize pack photos shards",
-            "sanitize pack aux-photos aux --labels none",
-            f"{LOOK} aux",
-            "sanitize fit aux --encoder encoder.yaml",
-            "sanitize scan shards",
-        ),
-    ),
-    User(
-        "CSV of photos and captions, open_clip",
-        captioned,
-        open_clip_file,
-        (
-            "sanitize pack pairs.csv shards",
-            "sanitize pack aux-pairs.csv aux",
-            f"{LOOK} aux",
-            "sanitize fit aux --encoder encoder.yaml",
-            "sanitize scan shards --caption-member txt",
-            "sanitize audit scanned",
         ),
     ),
 )
