@@ -85,7 +85,7 @@ def on_s3(folder: Path, count: int) -> None:
 
     folders(folder, count)
     for part, name in (("photos", "shards"), ("aux-photos", "aux")):
-        run(f"sanitize pack {part} {name} --shard-size 50", folder, {})
+        run(f"sanitize pack {part} {name} --shard-size 50", folder)
         files = s3fs.S3FileSystem()
         files.mkdirs("bucket", exist_ok=True)
         files.put(f"{folder / name}/", f"bucket/{name}/", recursive=True)
@@ -211,14 +211,13 @@ USERS = (
 # ---------------------------------------------------------------- running
 
 
-def run(command: str, folder: Path, environment: dict[str, str], programs: Path = Path(sys.executable).parent) -> float:
+def run(command: str, folder: Path, programs: Path = Path(sys.executable).parent) -> float:
     """Seconds. The output of a command that fails is shown."""
     words = shlex.split(command)
     start = time.perf_counter()
     done = subprocess.run(
         [programs / words[0], *words[1:]],
         cwd=folder,
-        env=os.environ | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -285,7 +284,7 @@ def main() -> None:
             user.data(folder, 2 * options.images)
             user.encoder(folder)
             for place, command in enumerate(user.commands):
-                seconds = run(command, folder, {}, programs)
+                seconds = run(command, folder, programs)
                 print(f"{user.name}: {command}: {seconds:.1f} s", flush=True)
                 lines.append(["" if place else user.name, f"`{command}`", f"{seconds:.0f}"])
     table = page.table(["data, encoder", "command", "seconds"], lines)

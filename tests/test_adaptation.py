@@ -165,6 +165,10 @@ def test_the_bulk_is_estimated_from_different_images_of_all_shards(scanned, shif
     ).all()
 
 
+def test_of_no_score_files_there_is_no_bulk():
+    assert distinct_statistics({}, b"k").shape == (0, len(score_table.STATISTICS_COLUMNS))
+
+
 def test_a_large_scan_is_drawn_from_by_a_key_that_an_attacker_does_not_know(scanned, tmp_path):
     scanned(scores_only=True)
     samples = samples_of(tmp_path / "scanned")

@@ -24,6 +24,7 @@ from builders import (
 
 from sanitize import storage
 from sanitize.artifacts.detector_folder import load_detector
+from sanitize.commands.audit import audit
 from sanitize.commands.clean import clean
 from sanitize.commands.fit import fit
 from sanitize.commands.scan import scan
@@ -172,8 +173,10 @@ def test_agreement_joins_the_decisions_on_request_alone_and_the_scan_stays_as_it
     assert storage.read_json(f"{out}/summary.json")["scores"].startswith("as scored, with agreement ")
     scores = decision_table(out).column("score").to_numpy()
     assert np.isfinite(scores).all()
+    assert "--fpr 0.05" not in Path(audit(out, top=0).report).read_text()  # calibration has no agreement with this scan
     clean(out, ThresholdPolicy(), force=True)
     assert decided(out) == before
+    assert "--fpr 0.05" in Path(audit(out, top=0).report).read_text()
 
 
 def test_fewer_of_other_clean_images_are_lost_when_pass_2_adapts_the_evidence(with_student, tmp_path):

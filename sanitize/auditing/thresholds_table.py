@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sanitize.stages.score_table import Floats
+from sanitize.stages.thresholds import clean_quantile, lowest_rate
 
 RATES = (0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
 
@@ -27,11 +28,9 @@ def thresholds_table(
     """Lowest threshold first. scores (N,) finite; calibration (n,) sorted upwards, on the same scale, None = unknown."""
     cuts = [] if current is None else [(current, "as decided", True)]
     if calibration is not None:
-        count = len(calibration)
-        ranks = [(rate, int(np.ceil((count + 1) * (1 - rate) - 1e-9))) for rate in RATES]
-        usable = [(rate, rank) for rate, rank in ranks if rank <= count]
+        rates = [rate for rate in RATES if rate >= lowest_rate(len(calibration))]
         cuts += [
-            (float(calibration[rank - 1]), f"sanitize clean {folder} --fpr {rate:g}", False) for rate, rank in usable
+            (clean_quantile(calibration, rate), f"sanitize clean {folder} --fpr {rate:g}", False) for rate in rates
         ]
     else:
         cuts += [

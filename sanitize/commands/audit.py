@@ -218,7 +218,7 @@ def _left_out(scored: ScoredSamples, selection: Selection, top: int) -> list[str
 
 def _calibration(run: Run, summary: Summary | None, notices: list[str]) -> Floats | None:
     """Sorted scores of clean images; None where scores that decided are on another scale, or the detector is gone."""
-    if summary and summary.scores.startswith("with agreement"):
+    if summary and summary.policy.agreement:
         return None
     try:
         detector = load_detector(run.detector)

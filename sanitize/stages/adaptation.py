@@ -140,7 +140,7 @@ def distinct_rows(
     key: of the draw; an attacker who knew which images are drawn could make its own the bulk
     """
     share = limit / max(sum(samples.values()), 1)
-    parts, seen = [], set[str]()
+    parts, seen = [score_table.SCHEMA.empty_table().select(list(columns))], set[str]()
     for table in score_table.read_each(list(samples), list(dict.fromkeys([*columns, *known, "sha256"]))):
         valid = np.ones(len(table), bool)
         for name in known:

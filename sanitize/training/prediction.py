@@ -170,11 +170,13 @@ def fit_predictor(
         eye: Student | LinearEye = train_student(seen, targets, config, seed, device, contamination)
     else:
         eye = fit_ridge(seen, targets, held_seen, held_targets)
-        best = _predicted_best(targets, _predicted(eye, seen), contamination)
-        eye = fit_ridge(seen[best], targets[best], held_seen, held_targets) if contamination else eye
+        if contamination:
+            best = _predicted_best(targets, _predicted(eye, seen), contamination)
+            eye = fit_ridge(seen[best], targets[best], held_seen, held_targets)
     predicted = _predicted(eye, held_seen)
-    best = _predicted_best(held_targets, predicted, contamination)
-    held_targets, predicted = held_targets[best], predicted[best]
+    if contamination:
+        best = _predicted_best(held_targets, predicted, contamination)
+        held_targets, predicted = held_targets[best], predicted[best]
     return Predictor(eye, target, fit_departure(held_targets, predicted), explained(held_targets, predicted), eye_size)
 
 
