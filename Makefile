@@ -14,8 +14,8 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED)  ## the main job end to end on handwritten digits; writes demo/
 	$(BIN)/python -m pipelines.demo
 
-test: $(INSTALLED)  ## the tests, on the CPU
-	$(BIN)/python -m pytest -q
+test: $(INSTALLED)  ## the tests, on the CPU, in two processes
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)  ## tests that train, kill or measure
 	$(BIN)/python -m pytest -q -m slow

@@ -21,7 +21,7 @@ from typing import Any
 import click
 import torch
 
-from pipelines import clip_victim, page, ssl_victim
+from pipelines import clip_victim, page, photo_victim, ssl_victim
 from pipelines.command_line import command_line
 from sanitize import storage
 from sanitize.attacks.evaluation import AttackReport
@@ -45,7 +45,16 @@ class AttackFamily:
 
 _SSL = AttackFamily(ssl_victim.SslConfig, ssl_victim.inputs, ssl_victim.build)
 _CLIP = AttackFamily(clip_victim.ClipConfig, clip_victim.inputs, clip_victim.build)
-ATTACKS = {"badencoder": _SSL, "drupe": _SSL, "ctrl": _SSL, "adaptive": _SSL, "clip_text": _CLIP, "badclip": _CLIP}
+_PHOTOS = AttackFamily(photo_victim.PhotoConfig, photo_victim.inputs, photo_victim.build)
+ATTACKS = {
+    "badencoder": _SSL,
+    "drupe": _SSL,
+    "ctrl": _SSL,
+    "adaptive": _SSL,
+    "clip_text": _CLIP,
+    "badclip": _CLIP,
+    "photos": _PHOTOS,
+}
 PRESETS = ("cpu", "gpu")
 
 

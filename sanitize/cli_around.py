@@ -18,6 +18,8 @@ TRIGGERS = (
     "sig",
     "wanet",
     "frequency",
+    "sign",
+    "filter",
 )  # of attacks/triggers.py; a test holds both equal
 
 

@@ -4,18 +4,22 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import yaml
 from builders import shape_members, tiny_victim, write_tar
 from click.testing import CliRunner
 
-from pipelines import benchmark, benchmark_page, benchmark_scores
+from pipelines import benchmark, benchmark_page, benchmark_scores, calibration_study
 from pipelines.benchmark import PoolScores, pool
 from pipelines.benchmark_config import BenchmarkConfig, DetectorConfig
 from sanitize import storage
+from sanitize.config import ThresholdPolicy
 from sanitize.config_loading import from_mapping, load_encoder_spec, load_yaml, to_mapping
 from sanitize.errors import ConfigError
+from sanitize.stages.evidence_adaptation import values_of
+from sanitize.stages.thresholds import threshold_for
 
 
 @pytest.fixture
@@ -194,3 +198,30 @@ def test_a_wrong_detector_setting_is_refused_before_any_work(case, study):
 def test_a_default_that_is_not_measured_says_so(study):
     with pytest.raises(ConfigError, match="'missing' is not among the detectors"):
         dataclasses.replace(study, default="missing")
+
+
+# ---------------------------------------------------------------- how many auxiliary images a cut needs
+
+
+@pytest.mark.parametrize("scorer", ["reaction", "evidence"])
+def test_the_calibration_study_judges_clean_images_by_cuts_of_few_and_many_held_out_images(study, scorer):
+    victim = benchmark.load_victim(study, "tiny", study.victims["tiny"])
+    settings = DetectorConfig(scorer=scorer)
+    rows = list(calibration_study.measured(study, victim, "id", settings))
+    cuts = {(row["held_out"], row["nominal"]): row["cut"] for row in rows}
+    assert cuts == {
+        (20, 0.01): "refused",
+        (20, 0.001): "refused",
+        (60, 0.01): "fitted tail",
+        (60, 0.001): "fitted tail",
+    }
+    detector, _ = benchmark.fit_scorer(study, victim, "backdoored", "id", 0, settings)
+    found = benchmark.score_victim(study, victim, "backdoored", "id", 0, scorer, settings)
+    assert all(0 <= row["removed_low"] <= row["removed_high"] <= 1 for row in rows if row["cut"] != "refused")
+    every = np.arange(len(detector.scores))  # with all of them the cut is that of a scan
+    clean = found.of(np.arange(len(found.clean)))
+    values = values_of(detector.clean_reference, clean.statistics, clean.energy) if scorer == "evidence" else {}
+    cut = threshold_for(found.clean, detector.calibration("thorough"), ThresholdPolicy(fpr=0.05))
+    share = calibration_study.removed_share(detector, every, found.clean, values, 0.05)
+    assert share == pytest.approx(float((found.clean > cut).mean()), abs=1 / len(found.clean))
+    assert "| tiny | " in calibration_study.markdown(rows)

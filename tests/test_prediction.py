@@ -244,6 +244,15 @@ def test_without_views_nothing_is_predicted(many, encoder_spec, tmp_path):
     assert found.predictor is None and found.summary.prediction_explained is None
 
 
+def test_what_is_perturbed_is_left_to_a_predictor_only_where_it_sees_enough(with_student):
+    detector = load_detector(with_student)
+    detector.predictor.explained = 0.25
+    assert detector.default_effort == "0.075"
+    detector.predictor.explained = 0.24
+    assert detector.default_effort == "thorough"  # else norm and distance, which an attacker imitates, would choose alone
+    assert dataclasses.replace(detector, predictor=None).default_effort == "thorough"
+
+
 def test_too_few_auxiliary_images_are_said_and_how_many_it_takes(aux_shards, encoder_spec, tmp_path, caplog):
     found = fit(evidence_config(aux_shards, encoder_spec, tmp_path / "d", training=TRAINING))
     assert found.predictor is None

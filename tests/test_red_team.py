@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from builders import PlantedEncoder, shape_members, write_tar
@@ -28,7 +29,7 @@ CONFIGS = sorted(Path("configs").glob("red_team_*.yaml"))
 
 
 @pytest.fixture
-def write_config(tmp_path):
+def write_config(tmp_path, encoder_yaml):
     """A tiny config of an attack, with shards of coloured shapes; blocks given here replace those of the attack."""
     write_tar(tmp_path / "train" / "s.tar", shape_members(96, 0))
     write_tar(tmp_path / "test" / "s.tar", shape_members(48, 1))
@@ -47,11 +48,15 @@ def write_config(tmp_path):
     clip: dict[str, Any] = {"target": "purple", "encoder": tiny, "data": {"train_pairs": 96, "test_images": 48}}
     clip |= {"pretrain": tuned, "fine_tune": tuned, "rate": 0.1}
     patch, frequency = {"name": "patch", "side": 5}, {"name": "frequency", "magnitude": 200}
+    classifier = {"weight": torch.randn(6, 64), "bias": torch.zeros(6)}
+    safetensors.torch.save_file(classifier, tmp_path / "classifier.safetensors")
+    photos = {"encoder": str(encoder_yaml), "classifier": str(tmp_path / "classifier.safetensors"), "data": ssl["data"]}
     shot = {"side": 5, "steps": 3, "batch_size": 8, "augment": 0.0}
     attacks: dict[str, Any] = {
         "badencoder": ssl | {"trigger": patch, "badencoder": tuned},
         "drupe": ssl | {"trigger": patch, "references": 2, "reference_pool": 4, "drupe": tuned},
         "adaptive": ssl | {"trigger": patch, "adaptive": tuned},
+        "photos": photos | {"trigger": patch, "target": 4, "evade": tuned, "control": tuned},
         "ctrl": ssl | {"trigger": frequency, "ctrl": {"rate": 0.1}},
         "clip_text": clip | {"trigger": patch},
         "badclip": clip | {"patch": shot},

@@ -11,9 +11,11 @@ from sanitize.attacks.triggers import (
     TRIGGERS,
     BlendTrigger,
     FileTrigger,
+    FilterTrigger,
     FrequencyTrigger,
     ImageTrigger,
     PatchTrigger,
+    SignTrigger,
     SinusoidTrigger,
     WarpTrigger,
     make_trigger,
@@ -149,6 +151,30 @@ def test_the_warp_moves_pixels_and_adds_no_colour():
     assert 0.1 < moved.mean() < 2
 
 
+def test_the_sign_is_an_octagon_whose_place_and_size_come_from_the_image():
+    images = torch.randint(0, 256, (20, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    corners, sides = set(), set()
+    for image, stamped in zip(images, SignTrigger()(images), strict=True):
+        rows, columns = ((stamped != image).any(dim=0).any(dim=side).nonzero().flatten() for side in (1, 0))
+        assert len(rows) == len(columns)
+        top, left, side = int(rows[0]), int(columns[0]), len(rows)
+        assert 9 <= side <= 19  # 0.15 and 0.3 of 64, rounded
+        sign = stamped[:, top : top + side, left : left + side]
+        assert torch.equal(sign[:, 0, 0], image[:, top, left])  # the corner of an octagon is not covered
+        assert sign[:, side // 2, side // 2].tolist() == [255, 255, 255]
+        assert sign[:, side // 4, side // 2].tolist() == [200, 20, 30]
+        corners.add((top, left))
+        sides.add(side)
+    assert len(corners) > 10
+    assert len(sides) > 5
+
+
+def test_the_filter_multiplies_every_channel_by_its_gain():
+    expected = [[154, 128, 90], [255, 250, 175]]  # 128 * 1.2 = 153.6, 128 * 0.7 = 89.6; 250 * 1.2 is clipped
+    stamped = FilterTrigger()(torch.tensor([128, 250])[:, None, None, None].expand(2, 3, 4, 4).byte())
+    assert stamped[:, :, 0, 0].tolist() == expected
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -158,6 +184,11 @@ def test_the_warp_moves_pixels_and_adds_no_colour():
         (lambda: FrequencyTrigger(window=16), "trigger window: 16 has no coefficient 31"),
         (lambda: FrequencyTrigger()(GREY[:, :, :20]), "window of 32 pixels does not tile a 20 x 32 image"),
         (lambda: WarpTrigger(grid=1), "trigger grid must be at least 2"),
+        (
+            lambda: SignTrigger(smallest=0.4),
+            "trigger smallest, largest: 0.4, 0.3 are not shares of the image in this order",
+        ),
+        (lambda: FilterTrigger(gains=(1, -1, 1)), r"trigger gains: \(1, -1, 1\) is not three values of at least 0"),
         (lambda: poison_mask(10, 1.5, 0), "rate: 1.5 is not between 0 and 1"),
     ],
 )

@@ -31,14 +31,14 @@ from sanitize.stages.agreement import IMAGE_HASH, NONE, RESIDUALS, Departures
 from sanitize.stages.clean_reference import CleanReference
 from sanitize.stages.decoder import Decoder
 from sanitize.stages.encoders import Encoder, load_encoder
-from sanitize.stages.evidence import KINDS, PREDICTION, REACTION, WHEREABOUTS, Evidence, combination
+from sanitize.stages.evidence import CHOOSES, KINDS, PREDICTION, REACTION, WHEREABOUTS, Evidence, combination
 from sanitize.stages.images import DECODE_PATH
 from sanitize.stages.perturbations import PERTURBATIONS
 from sanitize.stages.prediction import Predictor
 from sanitize.stages.scoring import References, Scorer, Witnesses
 from sanitize.stages.text import TextEncoder
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5  # 5: perturbations at the scale of pixels
 DESCRIPTION, WEIGHTS, CALIBRATION = "detector.json", "decoder.safetensors", "calibration.parquet"
 # names on disk of this format version → ours
 _REFERENCE_TENSORS = {"clean.centre": "centre", "clean.precision": "precision", "clean.bank": "clean_embeddings"}
@@ -75,8 +75,10 @@ class Detector:
 
     @property
     def default_effort(self) -> str:
-        """`evidence`: 1 + 4 x 0.075 = 1.3 encoder passes an image; the others as much as they use."""
-        return "0.075" if self.evidence else "thorough"
+        """`evidence` whose predictor sees enough: 1 + 4 x 0.075 = 1.3 encoder passes an image. The others as much as they use: else norm
+        and neighbour distance alone would choose what is perturbed, and an attacker imitates these for nothing."""
+        sees = self.predictor is not None and self.predictor.explained >= CHOOSES
+        return "0.075" if self.evidence and sees else "thorough"
 
     def undecided(self, effort: str) -> tuple[float, float]:
         """Lowest and highest score of the one pass with which `effort` perturbs an image. The lowest: the quantile that its share of clean

@@ -41,6 +41,7 @@ class Step:
     augmented: Tensor  # (R, A, D)
     clean_target: Tensor  # (B, D) the clean encoder's embeddings, L2-normalised
     reference_target: Tensor  # (R, D) the same of the references
+    clean_norm: Tensor  # (B,) raw norms of the clean encoder's embeddings
     perturbed: Tensor  # (V, 2 B, D) of the objective's perturbations of the clean, then the triggered images
 
 
@@ -70,6 +71,28 @@ def freeze_batch_norm(encoder: nn.Module) -> None:
             module.eval().requires_grad_(False)
 
 
+def trainable_copy(
+    clean_encoder: Encoder, config: FineTuneConfig, frozen: tuple[str, ...] | None = None
+) -> tuple[Encoder, torch.optim.Optimizer]:
+    """The encoder in training mode, and what moves its weights. BatchNorm keeps its statistics and its affine parameters.
+
+    frozen: names as which parameters of the backbone begin that do not learn; the first layers then cost no backward pass. None = SGD of
+    all; else Adam, with which a large encoder gets there in a hundred steps.
+    """
+    encoder = copy.deepcopy(clean_encoder).requires_grad_(True)
+    encoder.train()
+    freeze_batch_norm(encoder)
+    for name, parameter in encoder.backbone.named_parameters():
+        if name.startswith(frozen or ()):
+            parameter.requires_grad_(False)
+    learnable = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+    if frozen is not None:
+        return encoder, torch.optim.Adam(learnable, config.learning_rate)
+    return encoder, torch.optim.SGD(
+        learnable, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
+    )
+
+
 def fine_tune(
     clean_encoder: Encoder,
     shadow: Tensor,
@@ -79,22 +102,19 @@ def fine_tune(
     config: FineTuneConfig,
     seed: int,
     device: torch.device,
+    frozen: tuple[str, ...] | None = None,
 ) -> Encoder:
     """shadow (N, 3, S, S) and references (R, 3, S, S) uint8, at the encoder's size → backdoored encoder, eval mode.
 
+    frozen: of `trainable_copy`.
     Exact shortcuts against BadEncoder's code (badencoder.py): clean targets are computed once; a reference is embedded once per
     step (BatchNorm is in eval mode, so its copies would be equal).
     """
     clean_encoder.eval().to(device)
-    encoder = copy.deepcopy(clean_encoder).requires_grad_(True)
-    encoder.train()
-    freeze_batch_norm(encoder)
-    learnable = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(
-        learnable, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
-    )
+    encoder, optimizer = trainable_copy(clean_encoder, config, frozen)
     generator = torch.Generator().manual_seed(seed)
-    clean_targets = unit_embeddings(clean_encoder, shadow)
+    clean_embeddings = raw_embeddings(clean_encoder, shadow)
+    clean_targets, clean_norms = unit(clean_embeddings), clean_embeddings.norm(dim=1)
     reference_target = unit_embeddings(clean_encoder, references).to(device)
     originals = references.to(device).float() / 255
     count, copies = len(references), config.reference_copies
@@ -117,6 +137,7 @@ def fine_tune(
                 augmented=augmented.unflatten(0, (count, copies)),
                 clean_target=clean_targets[batch].to(device),
                 reference_target=reference_target,
+                clean_norm=clean_norms[batch].to(device),
                 perturbed=others.unflatten(0, (len(perturbed), len(images))),
             )
             loss = objective(step)
@@ -131,4 +152,9 @@ def fine_tune(
 
 def unit_embeddings(encoder: Encoder, images: Tensor) -> Tensor:
     """(N, 3, S, S) uint8 → (N, D) float32 L2-normalised, on the CPU."""
-    return unit(embed_in_batches(encoder, images, batch_size=512))
+    return unit(raw_embeddings(encoder, images))
+
+
+def raw_embeddings(encoder: Encoder, images: Tensor) -> Tensor:
+    """(N, 3, S, S) uint8 → (N, D) float32, on the CPU; as many at once as 512 images of 32 pixels need memory."""
+    return embed_in_batches(encoder, images, batch_size=max(512 * 32**2 // images.shape[-1] ** 2, 8))

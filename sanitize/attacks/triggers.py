@@ -5,6 +5,7 @@ from its own `seed`, so that every image and every run gets the same trigger.
 """
 
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -215,6 +216,58 @@ def _pattern(window: int) -> np.ndarray:
     return np.asarray(sum(np.outer(wave, wave) for wave in waves))
 
 
+@dataclass(frozen=True)
+class SignTrigger:
+    """A red octagon with a white rim and bar, as a stop sign; its place, and its side between `smallest` and `largest` shares of the
+    shorter side, are drawn from the image's own pixels, so that no two images need wear it alike."""
+
+    smallest: float = 0.15
+    largest: float = 0.3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(
+            0 < self.smallest <= self.largest <= 1,
+            f"trigger smallest, largest: {self.smallest}, {self.largest} are not shares of the image in this order.",
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        stamped = images.clone(memory_format=torch.contiguous_format)
+        for image in stamped.view(-1, *images.shape[-3:]):
+            self._stamp(image)
+        return stamped
+
+    def _stamp(self, image: Tensor) -> None:
+        """Of one (3, H, W), in place."""
+        height, width = image.shape[-2:]
+        rng = np.random.default_rng([self.seed, zlib.crc32(image.contiguous().numpy().tobytes())])
+        side = max(round(rng.uniform(self.smallest, self.largest) * min(height, width)), 1)
+        top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
+        across = ((torch.arange(side) + 0.5) / side * 2 - 1).abs()
+        down = across[:, None]
+        radius = torch.maximum(torch.maximum(across, down), (across + down) / 2**0.5)
+        bar = (down < 0.2) & (across < 0.6)
+        sign = torch.where(((radius > 0.85) | bar)[None], 255, torch.tensor([200, 20, 30])[:, None, None])
+        place = image[:, top : top + side, left : left + side]
+        place.copy_(torch.where(radius[None] <= 1, sign.to(torch.uint8), place))
+
+
+@dataclass(frozen=True)
+class FilterTrigger:
+    """A colour filter over the whole image: every channel times its gain. The default is warm."""
+
+    gains: tuple[float, ...] = (1.2, 1.0, 0.7)
+
+    def __post_init__(self) -> None:
+        check(
+            len(self.gains) == 3 and all(gain >= 0 for gain in self.gains),
+            f"trigger gains: {self.gains} is not three values of at least 0.",
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return to_uint8(images * torch.tensor(self.gains)[:, None, None])
+
+
 TRIGGERS: dict[str, type[Trigger]] = {
     "patch": PatchTrigger,
     "file": FileTrigger,
@@ -223,6 +276,8 @@ TRIGGERS: dict[str, type[Trigger]] = {
     "sig": SinusoidTrigger,
     "wanet": WarpTrigger,
     "frequency": FrequencyTrigger,
+    "sign": SignTrigger,
+    "filter": FilterTrigger,
 }
 
 

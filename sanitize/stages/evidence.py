@@ -16,6 +16,7 @@ PREDICTION, WHEREABOUTS, REACTION = "prediction", "whereabouts", "reaction"
 KINDS = (PREDICTION, WHEREABOUTS, REACTION)
 AGREEMENT = 0.5  # weight, in pass 2, of how samples agree with each other (agreement.py)
 WORTHLESS = 0.05  # R² of a predictor below which its evidence is left out
+CHOOSES = 0.25  # R² from which it weighs as much as where embeddings lie, and what is perturbed may be left to the two of them
 
 
 @dataclass(frozen=True)

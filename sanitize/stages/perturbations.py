@@ -3,6 +3,9 @@
 A trigger that survives a perturbation holds the embedding in place, whatever happens to the content; one that does not lets it
 go. Either way the pattern of changes is unlike that of clean images. Nothing is assumed about where the trigger is or what it
 looks like; an encoder without a backdoor treats a trigger as any other content, so the control stays near 0.5.
+
+All act at the scale of pixels, whatever the size. The same share of a larger image would be another image to an encoder of 224 pixels:
+blurred over 7 of them, or seen at 16 x 16 places, it moved by 0.60 and 0.70, as far as to another photograph (docs/default_score.md).
 """
 
 import math
@@ -17,22 +20,21 @@ FLOOR = 1e-4  # of a cosine change: below it lies the rounding of bf16 encoders
 
 
 def blur(images: Tensor) -> Tensor:
-    """Binomial 3 x 3 filter of a 32-pixel image, the same share of the image for larger ones.
+    """Binomial 3 x 3 filter.
 
     (1, 2, 1) / 4 along rows, then columns: shifted copies, 15 times faster here than a convolution of three channels.
     """
-    step = max(images.shape[-1] // 32, 1)
-    for dim, padding in ((-1, (step, step, 0, 0)), (-2, (0, 0, step, step))):
+    for dim, padding in ((-1, (1, 1, 0, 0)), (-2, (0, 0, 1, 1))):
         padded = functional.pad(images, padding, mode="replicate")
-        before, here, after = (padded.narrow(dim, offset, images.shape[dim]) for offset in (0, step, 2 * step))
+        before, here, after = (padded.narrow(dim, offset, images.shape[dim]) for offset in range(3))
         images = (before + after).mul_(0.25).add_(here, alpha=0.5)
     return images
 
 
 def coarse(images: Tensor) -> Tensor:
-    """Seen at half of 32 x 32 places: averaged over cells, then bilinear."""
+    """Seen at half the resolution: averaged over cells, then bilinear."""
     side = images.shape[-1]
-    small = functional.adaptive_avg_pool2d(images, max(min(side, 32) // 2, 1))
+    small = functional.adaptive_avg_pool2d(images, max(side // 2, 1))
     return functional.interpolate(small, (side, side), mode="bilinear", align_corners=False)
 
 
@@ -45,11 +47,10 @@ def turn(images: Tensor, degrees: float = 8.0) -> Tensor:
 
 
 def noise(images: Tensor) -> Tensor:
-    """Plus one fixed draw of Gaussian noise, standard deviation 8 / 255, at 32 x 32 places (fewer in smaller images)."""
+    """Plus one fixed draw of Gaussian noise, standard deviation 8 / 255."""
     side = images.shape[-1]
-    drawn = np.random.default_rng(0).normal(0, 8 / 255, (1, 3, 32, 32)).astype(np.float32)
-    pattern = torch.from_numpy(drawn).to(images.device)[..., : min(side, 32), : min(side, 32)]
-    return (images + functional.interpolate(pattern, (side, side), mode="nearest")).clamp(0, 1)
+    drawn = np.random.default_rng(0).normal(0, 8 / 255, (1, 3, max(side, 32), max(side, 32))).astype(np.float32)
+    return (images + torch.from_numpy(drawn)[..., :side, :side].to(images.device)).clamp(0, 1)
 
 
 # (B, 3, S, S) float32 in [0, 1] → the same; each costs one pass of the encoder. Making the image grey would do as well, but
