@@ -56,7 +56,8 @@ def write_encoder(checkpoint: str, out: Path) -> tuple[str, str]:
 def load_classifier(path: str) -> torch.nn.Linear:
     """Embeddings (B, D) → logits (B, classes)."""
     tensors = safetensors.torch.load_file(path)
-    linear = torch.nn.Linear(*reversed(tensors["weight"].shape))
+    classes, features = tensors["weight"].shape
+    linear = torch.nn.Linear(features, classes)
     linear.load_state_dict(tensors)
     return linear.requires_grad_(False)
 

@@ -249,7 +249,9 @@ def test_what_is_perturbed_is_left_to_a_predictor_only_where_it_sees_enough(with
     detector.predictor.explained = 0.25
     assert detector.default_effort == "0.075"
     detector.predictor.explained = 0.24
-    assert detector.default_effort == "thorough"  # else norm and distance, which an attacker imitates, would choose alone
+    assert (
+        detector.default_effort == "thorough"
+    )  # else norm and distance, which an attacker imitates, would choose alone
     assert dataclasses.replace(detector, predictor=None).default_effort == "thorough"
 
 
