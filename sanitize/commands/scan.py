@@ -246,7 +246,7 @@ class ScoreTask:
                 samples += len(table)
                 unscored += table.column("score").null_count
                 flagged += int(np.sum(table.column("p_value").to_numpy() <= self.flag_p))
-                progress(samples, flagged, reader.bytes_read)
+                progress(samples, flagged, reader.stored_bytes(decoded[-1].end))
             _require_images(reader, shard, samples)
         written = WrittenFile(target.size, target.sha256())
         marker = ShardMarker(

@@ -29,12 +29,12 @@ def decode_sample(
 ) -> DecodedImage:
     """The sample's image, or the reason why there is none. before_decoding: called with the number of pixels to come."""
     if sample.status != "ok" or sample.image is None:
-        return DecodedImage(sample.index, sample.key, "", None, 0, 0, sample.status, sample.reason)
+        return DecodedImage(sample.index, sample.key, "", None, 0, 0, sample.status, sample.reason, end=sample.end)
     digest = hashlib.sha256(sample.image).hexdigest()
     pixels, width, height, reason = decode_image(sample.image, max_pixels, before_decoding)
     status = "ok" if pixels is not None else "undecodable"
     caption = (sample.caption, sample.caption_reason)
-    return DecodedImage(sample.index, sample.key, digest, pixels, width, height, status, reason, *caption)
+    return DecodedImage(sample.index, sample.key, digest, pixels, width, height, status, reason, *caption, sample.end)
 
 
 def decode_image(
