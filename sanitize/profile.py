@@ -4,12 +4,12 @@ Reading and decoding run in threads beside the model, so the seconds of stages a
 thread does, one thing after the other, adds up to its time: the largest of these is what bounds the run.
 """
 
-import contextlib
 import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from types import TracebackType
 from typing import TypeVar
 
 import torch
@@ -89,7 +89,7 @@ class Profile:
         self._wait, self._together = wait, together
         self._seconds = dict.fromkeys((*STAGES, _NOWHERE), 0.0)
         self._lock = threading.Lock()
-        self._inner = _Inner()
+        self.inner = _Inner()
 
     @classmethod
     def on(cls, device: torch.device, apart: bool) -> "Profile":
@@ -98,26 +98,17 @@ class Profile:
             return cls()
         return cls(wait=torch.cuda.synchronize) if apart else cls(together=True)
 
-    @contextlib.contextmanager
-    def of(self, stage: str) -> Iterator[None]:
+    def of(self, stage: str) -> "_Timing":
         """What happens inside counts for `stage`, but for what stages inside it take."""
-        of_the_device = stage in _OF_THE_DEVICE
-        wait = self._wait if of_the_device else None
-        if wait:
-            wait()
-        before, self._inner.seconds = self._inner.seconds, 0.0
-        start = time.perf_counter()
-        try:
-            yield
-            if wait:
-                wait()
-        finally:
-            spent = time.perf_counter() - start
-            with self._lock:
-                self._seconds["model" if of_the_device and self._together else stage] += spent - self._inner.seconds
-            self._inner.seconds = before + spent
+        if stage not in _OF_THE_DEVICE:
+            return _Timing(self, stage)
+        return _Timing(self, "model" if self._together else stage, self._wait)
 
-    def pause(self) -> contextlib.AbstractContextManager[None]:
+    def add(self, stage: str, seconds: float) -> None:
+        with self._lock:
+            self._seconds[stage] += seconds
+
+    def pause(self) -> "_Timing":
         """What happens inside does not count."""
         return self.of(_NOWHERE)
 
@@ -140,3 +131,28 @@ class Profile:
     def restart(self) -> None:
         with self._lock:
             self._seconds = dict.fromkeys(self._seconds, 0.0)
+
+
+class _Timing:
+    """One stay in a stage. Not a generator with contextlib's decorator: there are several an image, and this takes a third of the time."""
+
+    __slots__ = ("_before", "_profile", "_stage", "_start", "_wait")
+
+    def __init__(self, profile: Profile, stage: str, wait: Callable[[], None] | None = None) -> None:
+        self._profile, self._stage, self._wait = profile, stage, wait
+
+    def __enter__(self) -> None:
+        if self._wait:
+            self._wait()
+        inner = self._profile.inner
+        self._before, inner.seconds = inner.seconds, 0.0
+        self._start = time.perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._wait and kind is None:
+            self._wait()
+        spent, inner = time.perf_counter() - self._start, self._profile.inner
+        self._profile.add(self._stage, spent - inner.seconds)
+        inner.seconds = self._before + spent

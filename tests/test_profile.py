@@ -181,7 +181,8 @@ def test_a_scan_writes_the_seconds_of_every_shard_and_of_all(shards, scan_config
     for stage in STAGES:
         total = sum(shard["seconds"][stage] for shard in found["shards"].values())
         assert found["seconds"][stage] == pytest.approx(total, abs=1e-5)
-        assert (total > 0) == (stage != "model"), stage  # a CPU does each stage when it is told to
+        if stage != "waiting_for_decode":  # nothing there when each image is ready before it is asked for
+            assert (total > 0) == (stage != "model"), stage  # a CPU does each stage when it is told to
 
 
 def test_rates_are_of_one_thread_and_of_a_whole_worker():
@@ -202,7 +203,7 @@ def test_rates_are_of_one_thread_and_of_a_whole_worker():
 def test_the_progress_of_a_scan_ends_with_what_bounds_it(shards, scan_config, tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="sanitize.progress")
     scan(scan_config(shards))
-    (last,) = [line for line in caplog.messages if line.startswith("scan: ")]
+    last = [line for line in caplog.messages if line.startswith("scan: ")][-1]
     assert last.startswith("scan: 3/3 shards, 54 images, ")
     assert last.endswith(f", bound by {profile_of(tmp_path / 'scanned')['bound_by']}")
 
@@ -211,7 +212,7 @@ def test_workers_on_ray_tell_the_same_stages(shards, scan_config, tmp_path, ray_
     scan(scan_config(shards, workers=2, cpus_per_worker=1))
     found = profile_of(tmp_path / "scanned")
     assert (found["samples"], list(found["shards"])) == (54, ["part-0000", "part-0001", "part-0002"])
-    assert {name for name, spent in found["seconds"].items() if spent} == {*STAGES} - {"model"}
+    assert {name for name, spent in found["seconds"].items() if not spent} <= {"model", "waiting_for_decode"}
 
 
 def test_a_scan_that_goes_on_writes_of_the_shards_that_it_scored(tmp_path, scan_config):

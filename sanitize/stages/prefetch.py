@@ -3,13 +3,15 @@
 import contextlib
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 from sanitize.profile import Profile
 from sanitize.records import DecodedImage, Sample
 from sanitize.stages.images import decode_sample
 
+T = TypeVar("T")
 AHEAD = 3  # batches in memory: one in the model, two on the way
 PIXELS = 1 << 27  # decoded ahead, and as many in a batch: 400 MB as RGB; one image alone may have more
 
@@ -64,20 +66,26 @@ def decode_ahead(
         reader.start()
         try:
             while True:
-                with timed.of("waiting_for_read"):
-                    item = ready.get()
+                item = _waiting(timed, "waiting_for_read", ready.empty(), ready.get)
                 if item is None:
                     return
                 if isinstance(item, BaseException):
                     raise item
-                with timed.of("waiting_for_decode"):
-                    image = item.result()
+                image = _waiting(timed, "waiting_for_decode", not item.done(), item.result)
                 budget.give_back(_pixels(image))
                 yield image
         finally:
             stop.set()
             budget.close()
             reader.join()
+
+
+def _waiting(profile: Profile, stage: str, must_wait: bool, get: Callable[[], T]) -> T:
+    """Timed only where there is something to wait for: most images are ready."""
+    if not must_wait:
+        return get()
+    with profile.of(stage):
+        return get()
 
 
 class _PixelBudget:
