@@ -27,18 +27,22 @@ def photographs() -> Iterator[Image.Image]:
             yield from (Image.fromarray(photo) for photo in load_sample_images().images)
 
 
+MIXED = 0  # in the place of a size: each image has sides of its own, 100 to 500 pixels
+
+
 def random_crops(size: int, seed: int = 0) -> Iterator[Image.Image]:
-    """Square crops of random place and scale, resized to `size` pixels: no two alike."""
+    """Square crops of random place and scale, resized to `size` pixels (or to sides of their own): no two alike."""
     rng = np.random.default_rng(seed)
     for photo in photographs():
         for _ in range(2 if (SHARED / "photos-large-000000.tar").exists() else 64):
             side = int(min(photo.size) * rng.uniform(0.5, 1))
             left, top = (int(rng.integers(0, extent - side + 1)) for extent in photo.size)
-            yield photo.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
+            shape = (size, size) if size else (int(rng.integers(100, 501)), int(rng.integers(100, 501)))
+            yield photo.crop((left, top, left + side, top + side)).resize(shape, Image.Resampling.BICUBIC)
 
 
 def write_shards(folder: Path, count: int, size: int, kind: str, shards: int, seed: int = 0, classes: int = 0) -> Path:
-    """`count` images of `size` pixels as PNG or JPEG (quality 85), evenly over `shards` tars; reused when already there.
+    """`count` images of `size` pixels (or MIXED) as PNG or JPEG (quality 85), evenly over `shards` tars; reused when already there.
 
     classes: each image also gets a .cls member with a number below it; 0 = no labels
     """

@@ -1,13 +1,14 @@
 """Throughput of `sanitize scan` beside what the machine can do, measured in the same run.
 
     python -m benchmarks.scan [--small 20000] [--large 2048]
+    python -m benchmarks.scan --encoder null        what the data path alone can do: benchmarks/data_path.py
 
 decode only: read, hash and decode all shards on all cores. model only: encoder + decoder + score on images already in memory.
 bound: both share the cores, so 1 / (1/decode + 1/model). serial loop: read, decode, score, one after the other.
 scan: the command's function on Ray, start-up (wall time of a scan of 2 images) taken off and reported apart.
 """
 
-import shutil
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +18,12 @@ import safetensors.torch
 import torch
 
 from benchmarks.data import write_shards
+from benchmarks.data_path import measure_data_path
+from benchmarks.scan_rate import BATCH, OUT, scan_rate
 from sanitize import runtime, storage
 from sanitize.artifacts.detector_folder import load_detector, load_matching_encoder, make_scorer
 from sanitize.commands.fit import fit
-from sanitize.commands.scan import scan
-from sanitize.config import EncoderSpec, FitConfig, ScanConfig, TrainingConfig
+from sanitize.config import EncoderSpec, FitConfig, TrainingConfig
 from sanitize.process import prepare, usable_cpus
 from sanitize.records import DecodedImage
 from sanitize.stages.encoders import build_backbone
@@ -32,8 +34,6 @@ from sanitize.stages.preprocessing import complete_spec
 from sanitize.stages.shard_reader import ShardReader
 from sanitize.stages.shards import list_shards
 
-OUT = Path("runs/bench")
-BATCH = 256
 CIFAR = EncoderSpec("resnet18-cifar", image_size=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
 
 
@@ -115,32 +115,28 @@ def measure(title: str, shards: Path, detector: Path, count: int) -> None:
     for name, rate in [*rows, ("bound (decode and model share the cores)", bound), ("serial loop", serial)]:
         print(f"  {name:42s} {rate:9.1f} images/s", flush=True)
     for workers in (0, 1, 2):
-        rate, startup = scan_rate(shards, detector, workers, count)
+        rate, startup, _ = scan_rate(shards, detector, workers, count)
         print(
             f"  {f'sanitize scan, {workers} workers':42s} {rate:9.1f} images/s = {rate / bound:.0%} of bound, start-up {startup:.1f} s",
             flush=True,
         )
 
 
-def scan_rate(shards: Path, detector: Path, workers: int, count: int) -> tuple[float, float]:
-    """(images/s once started, start-up seconds)."""
-    tiny = write_shards(OUT / "tiny", 2, 32, "PNG", 2)
-    seconds = []
-    for source in (tiny, shards):
-        out = OUT / "scanned"
-        shutil.rmtree(out, ignore_errors=True)
-        start = time.perf_counter()
-        scan(ScanConfig((str(source),), str(detector), str(out), scores_only=True, workers=workers, batch_size=BATCH))
-        seconds.append(time.perf_counter() - start)
-    return count / (seconds[1] - seconds[0]), seconds[0]
-
-
 @click.command()
 @click.option("--small", default=20_000, show_default=True, help="32 px PNGs, ResNet-18 with 3x3 stem")
 @click.option("--large", default=2_048, show_default=True, help="224 px JPEGs, ResNet-18")
-def main(small: int, large: int) -> None:
+@click.option("--encoder", type=click.Choice(["resnet18", "null"]), default="resnet18", show_default=True)
+@click.option("--count", default=2_000, show_default=True, help="Images, about, of each kind; with --encoder null")
+@click.option(
+    "--workers", default="0", show_default=True, help="Numbers of workers, 0,2 for example; with --encoder null"
+)
+def main(small: int, large: int, encoder: str, count: int, workers: str) -> None:
     """Print images/s of scan and of its bounds."""
     prepare()
+    if encoder == "null":
+        with runtime.ray_session("") if workers != "0" else contextlib.nullcontext():
+            measure_data_path(count, tuple(int(number) for number in workers.split(",")))
+        return
     with runtime.ray_session(""):
         for title, size, kind, count, spec in (
             ("32 px PNG", 32, "PNG", small, CIFAR),

@@ -205,6 +205,9 @@ class ScanConfig:
     caption_member: str = ""  # txt or json:<field>; default: txt when the encoder has a tokenizer
     batch_size: int = 256
     precision: str = "auto"
+    profile: bool = (
+        False  # on a GPU: wait for it after each stage, so that profile.json tells resize, encoder and scoring apart
+    )
     workers: int = -1
     gpus_per_worker: float = -1.0
     cpus_per_worker: int = 0

@@ -40,6 +40,11 @@ class Sample:
     caption: str = ""  # "" when not asked for or when there is none, then `caption_reason` says why
     caption_reason: str = ""
 
+    @property
+    def end(self) -> int:
+        """First byte of the tar behind its members."""
+        return self.members[-1].end if self.members else 0
+
 
 @dataclass(frozen=True, slots=True)
 class Word:
@@ -65,3 +70,4 @@ class DecodedImage:
     reason: str
     caption: str = ""
     caption_reason: str = ""
+    end: int = 0  # first byte of the tar behind the sample's members

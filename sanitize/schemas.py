@@ -19,6 +19,7 @@ from sanitize.artifacts.detector_description import Description, FitSummary
 from sanitize.artifacts.head_folder import HeadDescription
 from sanitize.artifacts.reviews import Review
 from sanitize.artifacts.scan_folder import Run, ShardMarker, Summary
+from sanitize.artifacts.scan_profile import ScanProfile
 from sanitize.artifacts.truth import PoisonTruth
 from sanitize.commands import audit, card, finetune, fit, poison, review, scan, verify
 from sanitize.commands import inspect as inspect_command
@@ -158,6 +159,7 @@ def all_schemas() -> dict[str, Schema]:
         "scan_run": _written("scanned/run.json", Run),
         "shard_marker": _written("scanned/done/<stem>.json, and a line of scanned/markers.jsonl", ShardMarker),
         "scan_summary": _written("scanned/summary.json", Summary),
+        "scan_profile": _written("scanned/profile.json", ScanProfile),
         "review": _written("scanned/reviews/<number>.json", Review),
         "audit_summary": _written("scanned/audit/summary.json", audit.AuditSummary),
         "finetune_run": _written(

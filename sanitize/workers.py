@@ -8,15 +8,16 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
 from sanitize import storage
 from sanitize.counters import RayCounters
 from sanitize.errors import SanitizeError, ShardError
+from sanitize.profile import StageSeconds
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 from sanitize.runtime import RETRIES, Resources, ray_session, torch_threads
@@ -27,7 +28,14 @@ LOST_IN_A_ROW = 3  # shards that killed their worker so often: it is not the sha
 OUT_OF_MEMORY = "out of memory"
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
-ProgressCallback = Callable[[int, int, int], None]  # samples, flagged, bytes of the current shard so far
+
+
+class ProgressCallback(Protocol):
+    """Told how far the current shard is; seconds: of work that has a profile."""
+
+    def __call__(self, samples: int, flagged: int, size: int, seconds: StageSeconds = ..., /) -> None: ...
+
+
 ShardFunction = Callable[[Shard, ProgressCallback], R]
 
 
@@ -69,12 +77,22 @@ def map_shards(
         yield from _map_on_ray(task, shards, resources, total, at_once)
 
 
-class ShardProgress(NamedTuple):
+@dataclass(frozen=True)
+class ShardProgress:
     """How far one worker is with its current shard."""
 
     samples: int = 0
     flagged: int = 0
     bytes: int = 0
+    seconds: StageSeconds = field(default_factory=StageSeconds)
+
+    def __add__(self, other: "ShardProgress") -> "ShardProgress":
+        return ShardProgress(
+            self.samples + other.samples,
+            self.flagged + other.flagged,
+            self.bytes + other.bytes,
+            self.seconds + other.seconds,
+        )
 
 
 class _Total:
@@ -84,21 +102,21 @@ class _Total:
         self._display = display
         self.counters: RayCounters | None = None  # None: without Ray
         self.failed = 0  # of the shards
-        self.shards = self.samples = self.flagged = self.bytes = 0
+        self.shards = 0
+        self._finished = ShardProgress()
 
     def finish(self, shards: Sequence[Shard], progress: ShardProgress) -> None:
         self.shards += len(shards)
-        self.samples += progress.samples
-        self.flagged += progress.flagged
-        self.bytes += sum(shard.size for shard in shards)
+        self._finished += replace(progress, bytes=sum(shard.size for shard in shards))
 
     def show(self, running: Iterable[ShardProgress]) -> None:
-        samples, flagged, size = (sum(column) for column in zip(ShardProgress(), *running, strict=True))
-        note = f"{self.flagged + flagged} flagged" if self.flagged + flagged else ""
-        self._display.update(self.shards, self.bytes + size, self.samples + samples, note)
+        now = sum(running, self._finished)
+        bound = now.seconds.bound_by
+        notes = [f"{now.flagged} flagged"] * bool(now.flagged) + [f"bound by {bound}"] * bool(bound)
+        self._display.update(self.shards, now.bytes, now.samples, ", ".join(notes))
         if self.counters:
-            here = (self.samples + samples, self.flagged + flagged, self.bytes + size)
-            self.counters.tell(*here, self.shards - self.failed, self.failed)
+            done = self.shards - self.failed
+            self.counters.tell(now.samples, now.flagged, now.bytes, done, self.failed, now.seconds)
 
 
 def _map_here(
@@ -126,14 +144,14 @@ class _Noted:
         self._changed = changed
 
     def note(self, shard: Shard) -> ProgressCallback:
-        def progress(samples: int, flagged: int, size: int) -> None:
-            self._of[shard.stem] = ShardProgress(samples, flagged, size)
+        def progress(samples: int, flagged: int, size: int, seconds: StageSeconds = StageSeconds(), /) -> None:  # noqa: B008
+            self._of[shard.stem] = ShardProgress(samples, flagged, size, seconds)
             self._changed(self.sum())
 
         return progress
 
     def sum(self) -> ShardProgress:
-        return ShardProgress(*map(sum, zip(ShardProgress(), *list(self._of.values()), strict=True)))
+        return sum(list(self._of.values()), ShardProgress())
 
 
 def _run_chunk(function: ShardFunction[R], chunk: Sequence[Shard], noted: _Noted, at_once: int) -> Iterator[Outcome[R]]:
@@ -279,7 +297,7 @@ def _kernel_kills() -> int:
     return 0
 
 
-def _progress_of(actor: Any, otherwise: ShardProgress = ShardProgress()) -> ShardProgress:  # noqa: B008 - immutable
+def _progress_of(actor: Any, otherwise: ShardProgress = ShardProgress()) -> ShardProgress:
     import ray
 
     try:

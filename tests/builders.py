@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 from torch.nn import functional
 
+from sanitize.artifacts.scan_profile import PROFILE
 from sanitize.attacks import tiny_clip
 from sanitize.attacks.triggers import _TO_YUV, _pattern
 from sanitize.config import EncoderSpec, FitConfig, ThresholdPolicy, TrainingConfig
@@ -215,8 +216,9 @@ def tiny_victim(folder: Path | str = ".") -> dict:
 
 
 def tree_bytes(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder`, by relative path."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Every file below `folder`, by relative path, without the one of a scan folder that holds seconds."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != PROFILE]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def table(out: Path, stem: str) -> list[dict]:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from sanitize import workers
-from sanitize.counters import COUNTERS, RayCounters
+from sanitize.counters import COUNTERS, SECONDS, RayCounters
 from sanitize.errors import ShardError
+from sanitize.profile import STAGES, StageSeconds
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 from sanitize.runtime import Resources
@@ -26,10 +27,10 @@ class TenSamples:
 
     def start(self, _threads):
         def work(shard, progress):
-            progress(4, 1, 40)
+            progress(4, 1, 40, StageSeconds(decode=0.5))
             if shard.stem == self.fails:
                 raise ShardError(f"{shard.url}: cannot be read")
-            progress(10, 2, 100)
+            progress(10, 2, 100, StageSeconds(decode=1, encoder=2))
             return shard.stem
 
         return work
@@ -53,9 +54,9 @@ def counted(monkeypatch) -> Counter:
             self.stage = tags["stage"]
             return self
 
-        def inc(self, value):
+        def inc(self, value, tags=None):
             assert value > 0
-            told[self.name, self.stage] += value
+            told[(self.name, self.stage, *(tags or {}).values())] += value
 
     monkeypatch.setattr("ray.util.metrics.Counter", Told)
     return told
@@ -73,6 +74,15 @@ def test_every_sample_and_shard_is_counted_once(ray_cluster, counted, at_once):
     }
 
 
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_seconds_are_counted_by_part(ray_cluster, counted, at_once):
+    run(TenSamples(fails="b"), 2, at_once=at_once)
+    assert {key: value for key, value in counted.items() if key[0] == SECONDS} == {
+        (SECONDS, "scan", "decode"): 3.5,
+        (SECONDS, "scan", "encoder"): 6,
+    }
+
+
 def test_each_stage_has_its_own(ray_cluster, counted):
     run(TenSamples(), 1, "scan")
     run(TenSamples(), 1, "clean")
@@ -82,7 +92,7 @@ def test_each_stage_has_its_own(ray_cluster, counted):
 def test_a_total_that_falls_is_not_counted_twice(counted):
     counters = RayCounters("scan")
     for samples in (5, 9, 4, 9, 12):  # a worker died at 9 and began its shard again
-        counters.tell(samples, 0, 0, 0, 0)
+        counters.tell(samples, 0, 0, 0, 0, StageSeconds())
     assert counted == {("sanitize_samples", "scan"): 12}
 
 
@@ -117,4 +127,5 @@ def test_prometheus_reads_them(ray_cluster):
 
 def test_the_documentation_names_every_counter():
     page = (Path(__file__).parents[1] / "docs" / "deployment.md").read_text()
-    assert {name for name in COUNTERS if f"`ray_{name}_total`" not in page} == set()
+    assert {name for name in [*COUNTERS, SECONDS] if f"`ray_{name}_total`" not in page} == set()
+    assert {part for part in STAGES if f"`{part}`" not in page} == set()

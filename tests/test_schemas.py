@@ -37,6 +37,7 @@ FILES = {  # schema → the files that it describes; a .jsonl holds one object a
     "scan_run": ("scanned/run.json",),
     "shard_marker": ("scanned/done/*.json", "scanned/markers.jsonl"),
     "scan_summary": ("scanned/summary.json",),
+    "scan_profile": ("scanned/profile.json",),
     "review": ("scanned/reviews/*.json",),
     "audit_summary": ("scanned/audit/summary.json",),
     "finetune_run": ("head/run.json",),

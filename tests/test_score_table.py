@@ -1,6 +1,7 @@
 """The score table: what goes in comes out, groups of rows are closed at a fixed size, and a broken scan leaves no table."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,7 @@ CALIBRATION = np.arange(9, dtype=np.float32)  # 0 .. 8
 PIXELS = torch.zeros(3, 4, 4, dtype=torch.uint8)
 
 
-def image(index: int, reason: str = "", **changes: str) -> DecodedImage:
+def image(index: int, reason: str = "", **changes: Any) -> DecodedImage:
     pixels, status = (None, "undecodable") if reason else (PIXELS, "ok")
     return DecodedImage(index, f"k{index}", f"{index:064x}", pixels, 4, 5, status, reason, **changes)
 

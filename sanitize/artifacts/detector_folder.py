@@ -27,6 +27,7 @@ from sanitize.config import EncoderSpec, perturbed_share
 from sanitize.config_loading import from_mapping, to_mapping
 from sanitize.errors import CheckpointError
 from sanitize.parquet import read_table
+from sanitize.profile import Profile
 from sanitize.stages.agreement import IMAGE_HASH, NONE, RESIDUALS, Departures
 from sanitize.stages.clean_reference import CleanReference
 from sanitize.stages.decoder import Decoder
@@ -293,6 +294,7 @@ def make_scorer(
     *,
     effort: str = "thorough",
     text: TextEncoder | None = None,
+    profile: Profile | None = None,
 ) -> Scorer:
     low, high = detector.undecided(effort)
     witnesses = None
@@ -311,4 +313,5 @@ def make_scorer(
         clean_reference=detector.clean_reference,
         prescreen_threshold=low,
         witnesses=witnesses,
+        profile=profile,
     )

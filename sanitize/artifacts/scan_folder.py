@@ -7,6 +7,7 @@ decisions/<stem>.parquet     pass 2; columns in stages/decision_table.py
 clean/<stem>.tar  quarantine/<stem>.tar
 reviews/0001.json ...        what people decided over the score; artifacts/reviews.py
 markers.jsonl                every marker once more, for whoever would have to read very many; written when pass 2 is through
+profile.json                 where the seconds of pass 1 went; artifacts/scan_profile.py
 summary.json                 Summary, written last
 """
 

@@ -13,11 +13,13 @@ from sanitize.artifacts.detector_folder import Detector, load_detector, load_mat
 from sanitize.artifacts.folder_lock import folder_lock
 from sanitize.artifacts.run_record import library_versions
 from sanitize.artifacts.scan_folder import InputShard, Run, ScanFolder, ShardInput, ShardMarker, WrittenFile
+from sanitize.artifacts.scan_profile import ShardProfile, write_profile
 from sanitize.commands.clean import decide_and_split
 from sanitize.config import EncoderSpec, ScanConfig
 from sanitize.config_loading import to_mapping
 from sanitize.deciding import CleanResult
 from sanitize.errors import ShardError, check
+from sanitize.profile import Profile, StageSeconds
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 from sanitize.runtime import Resources
@@ -185,6 +187,7 @@ def _score(config: ScanConfig, prepared: _Prepared, folder: ScanFolder) -> list[
         caption_member=prepared.caption_member,
         effort=prepared.effort,
         flag_p=config.policy.fpr,
+        profile=config.profile,
     )
     scored = folder.scored()
     todo = [shard for shard in shards if shard.stem not in scored]
@@ -193,8 +196,9 @@ def _score(config: ScanConfig, prepared: _Prepared, folder: ScanFolder) -> list[
     if len(todo) < len(shards):
         log.info("%d of %d shards were scored before", len(shards) - len(todo), len(shards))
     with ProgressDisplay("scan", len(todo), sum(s.size for s in todo)) as display:
-        outcomes = workers.map_shards(task, todo, prepared.resources, display, config.address)
-        return [outcome.error for outcome in outcomes if outcome.error]
+        outcomes = list(workers.map_shards(task, todo, prepared.resources, display, config.address))
+    write_profile(folder.path, {outcome.shard.stem: outcome.result for outcome in outcomes if outcome.result})
+    return [outcome.error for outcome in outcomes if outcome.error]
 
 
 @dataclass(frozen=True)
@@ -210,12 +214,15 @@ class ScoreTask:
     caption_member: str
     effort: str
     flag_p: float  # p-value up to which the progress display counts a sample as flagged
+    profile: bool = False
 
-    def start(self, threads: int) -> ShardFunction[ShardMarker]:
+    def start(self, threads: int) -> ShardFunction[ShardProfile]:
         detector = load_detector(self.detector)
         encoder = load_matching_encoder(detector, self.encoder)
         text = load_text_encoder(encoder.spec) if self.caption_member else None
-        scorer = make_scorer(detector, encoder, self.precision, runtime.device(), effort=self.effort, text=text)
+        device = runtime.device()
+        profile = Profile.on(device, apart=self.profile)
+        scorer = make_scorer(detector, encoder, self.precision, device, effort=self.effort, text=text, profile=profile)
         calibration = detector.calibration(self.effort)
         metadata = {"detector": detector.fingerprint, "effort": self.effort}
         return lambda shard, progress: self._score_shard(shard, progress, scorer, calibration, metadata, threads)
@@ -228,36 +235,41 @@ class ScoreTask:
         calibration: Floats,
         metadata: dict[str, str],
         threads: int,
-    ) -> ShardMarker:
-        folder = ScanFolder(self.out)
+    ) -> ShardProfile:
+        folder, profile = ScanFolder(self.out), scorer.profile
         if marker := folder.marker(shard.stem):
-            return marker
+            return ShardProfile(marker.samples, StageSeconds())
+        profile.restart()
         samples = flagged = unscored = 0
-        with (
-            open_shard(shard) as file,
-            storage.atomic_write(folder.scores(shard.stem)) as target,
-            ScoreWriter(target, {"shard": shard.stem} | metadata) as writer,
-        ):
-            reader = ShardReader(file, shard, image_member=self.image_member, caption_member=self.caption_member)
-            for decoded in image_batches(reader.samples(), self.batch_size, threads):
-                columns = scorer([image for image in decoded if image.pixels is not None])
-                table = rows(shard.stem, decoded, columns, calibration)
-                writer.add(table)
-                samples += len(table)
-                unscored += table.column("score").null_count
-                flagged += int(np.sum(table.column("p_value").to_numpy() <= self.flag_p))
-                progress(samples, flagged, reader.bytes_read)
-            _require_images(reader, shard, samples)
-        written = WrittenFile(target.size, target.sha256())
-        marker = ShardMarker(
-            shard=shard.stem,
-            input=ShardInput(reader.size, reader.sha256, reader.damage, reader.loose),
-            samples=samples,
-            unscored=unscored,
-            files={folder.scores_name(shard.stem): written},
-        )
-        folder.write_marker(marker)
-        return marker
+        with profile.of("write"):  # and what else this thread does that is no stage of its own
+            with profile.of("waiting_for_read"):
+                opened = open_shard(shard)
+            with (
+                opened as file,
+                storage.atomic_write(folder.scores(shard.stem)) as target,
+                ScoreWriter(target, {"shard": shard.stem} | metadata) as writer,
+            ):
+                reader = ShardReader(file, shard, image_member=self.image_member, caption_member=self.caption_member)
+                for decoded in image_batches(reader.samples(), self.batch_size, threads, profile):
+                    columns = scorer([image for image in decoded if image.pixels is not None])
+                    table = rows(shard.stem, decoded, columns, calibration)
+                    writer.add(table)
+                    samples += len(table)
+                    unscored += table.column("score").null_count
+                    flagged += int(np.sum(table.column("p_value").to_numpy() <= self.flag_p))
+                    progress(samples, flagged, reader.stored_bytes(decoded[-1].end), profile.seconds)
+                _require_images(reader, shard, samples)
+            written = WrittenFile(target.size, target.sha256())
+            marker = ShardMarker(
+                shard=shard.stem,
+                input=ShardInput(reader.size, reader.sha256, reader.damage, reader.loose),
+                samples=samples,
+                unscored=unscored,
+                files={folder.scores_name(shard.stem): written},
+            )
+            folder.write_marker(marker)
+        progress(samples, flagged, shard.size, profile.seconds)
+        return ShardProfile(samples, profile.seconds)
 
 
 def _require_images(reader: ShardReader, shard: Shard, samples: int) -> None:

@@ -29,12 +29,12 @@ def decode_sample(
 ) -> DecodedImage:
     """The sample's image, or the reason why there is none. before_decoding: called with the number of pixels to come."""
     if sample.status != "ok" or sample.image is None:
-        return DecodedImage(sample.index, sample.key, "", None, 0, 0, sample.status, sample.reason)
+        return DecodedImage(sample.index, sample.key, "", None, 0, 0, sample.status, sample.reason, end=sample.end)
     digest = hashlib.sha256(sample.image).hexdigest()
     pixels, width, height, reason = decode_image(sample.image, max_pixels, before_decoding)
     status = "ok" if pixels is not None else "undecodable"
     caption = (sample.caption, sample.caption_reason)
-    return DecodedImage(sample.index, sample.key, digest, pixels, width, height, status, reason, *caption)
+    return DecodedImage(sample.index, sample.key, digest, pixels, width, height, status, reason, *caption, sample.end)
 
 
 def decode_image(
@@ -53,10 +53,10 @@ def decode_image(
                 return None, width, height, f"a JPEG of {scans} scans, the limit is {MAX_SCANS}"
             if before_decoding:
                 before_decoding(width * height)
-            rgb = _to_rgb(image)
+            pixels = np.array(_to_rgb(image))
     except Exception as error:  # Pillow raises a dozen kinds on hostile bytes; all mean the same here
         return None, width, height, f"{type(error).__name__}: {error}"[:200]
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1), width, height, ""
+    return torch.from_numpy(pixels).permute(2, 0, 1), width, height, ""
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -64,7 +64,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")  # the palette may hold transparency that convert("RGB") warns about
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def to_batch(pixels: Sequence[Tensor], size: int, resize: str, device: torch.device) -> Tensor:
@@ -81,12 +82,18 @@ def to_batch(pixels: Sequence[Tensor], size: int, resize: str, device: torch.dev
         at_once = max(FLOAT_PIXELS // max(shape[-2] * shape[-1], 1), 1)
         for begin in range(0, len(same), at_once):
             positions = same[begin : begin + at_once]
-            group = torch.stack([pixels[position] for position in positions])
-            if device.type == "cuda":
-                group = group.pin_memory()
-            images = group.to(device, non_blocking=True).float().div_(255)
-            batch[positions] = shrink(images, size, resize)
+            batch[positions] = shrink(_floats([pixels[position] for position in positions], device), size, resize)
     return batch
+
+
+def _floats(pixels: Sequence[Tensor], device: torch.device) -> Tensor:
+    """(3, H, W) uint8 of one shape → (n, 3, H, W) float32 in [0, 1] on `device`."""
+    if device.type == "cuda":  # as bytes, a quarter of what there would be to move
+        return torch.stack(list(pixels)).pin_memory().to(device, non_blocking=True).float().div_(255)
+    images = torch.empty(len(pixels), *pixels[0].shape, device=device)
+    for image, source in zip(images, pixels, strict=True):
+        image.copy_(source)  # to float and into its layout at once, a pass over memory less
+    return images.div_(255)
 
 
 def shrink(images: Tensor, size: int, resize: str = "squash") -> Tensor:

@@ -3,17 +3,22 @@
 import contextlib
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
+from sanitize.profile import Profile
 from sanitize.records import DecodedImage, Sample
 from sanitize.stages.images import decode_sample
 
+T = TypeVar("T")
 AHEAD = 3  # batches in memory: one in the model, two on the way
 PIXELS = 1 << 27  # decoded ahead, and as many in a batch: 400 MB as RGB; one image alone may have more
 
 
-def image_batches(samples: Iterable[Sample], batch_size: int, threads: int) -> Iterator[list[DecodedImage]]:
+def image_batches(
+    samples: Iterable[Sample], batch_size: int, threads: int, profile: Profile | None = None
+) -> Iterator[list[DecodedImage]]:
     """Images in sample order, `batch_size` at a time; fewer in the last batch, and where they are so large that a batch
     reaches PIXELS. Reading happens in a thread of its own.
 
@@ -21,7 +26,7 @@ def image_batches(samples: Iterable[Sample], batch_size: int, threads: int) -> I
     """
     batch: list[DecodedImage] = []
     size = 0
-    with contextlib.closing(decode_ahead(samples, AHEAD * batch_size, threads)) as decoded:
+    with contextlib.closing(decode_ahead(samples, AHEAD * batch_size, threads, profile)) as decoded:
         for image in decoded:
             batch.append(image)
             size += _pixels(image)
@@ -36,8 +41,11 @@ def _pixels(image: DecodedImage) -> int:
     return image.width * image.height if image.pixels is not None else 0
 
 
-def decode_ahead(samples: Iterable[Sample], ahead: int, threads: int) -> Generator[DecodedImage, None, None]:
+def decode_ahead(
+    samples: Iterable[Sample], ahead: int, threads: int, profile: Profile | None = None
+) -> Generator[DecodedImage, None, None]:
     """Images in sample order, up to `ahead` of them read, and up to PIXELS of them decoded, before they are asked for."""
+    timed = profile or Profile()
     ready: queue.Queue[Future[DecodedImage] | BaseException | None] = queue.Queue(maxsize=ahead)
     stop = threading.Event()
     budget = _PixelBudget(PIXELS)
@@ -45,8 +53,8 @@ def decode_ahead(samples: Iterable[Sample], ahead: int, threads: int) -> Generat
     def read(pool: ThreadPoolExecutor) -> None:
         last: BaseException | None = None
         try:
-            for turn, sample in enumerate(samples):
-                _put(ready, pool.submit(_decode, sample, turn, budget), stop)
+            for turn, sample in enumerate(timed.each("read", samples)):
+                _put(ready, pool.submit(_decode, sample, turn, budget, timed), stop)
                 if stop.is_set():
                     return
         except BaseException as error:  # handed to the consumer, which raises it
@@ -57,16 +65,27 @@ def decode_ahead(samples: Iterable[Sample], ahead: int, threads: int) -> Generat
         reader = threading.Thread(target=read, args=(pool,), name="read-shard")
         reader.start()
         try:
-            while (item := ready.get()) is not None:
+            while True:
+                item = _waiting(timed, "waiting_for_read", ready.empty(), ready.get)
+                if item is None:
+                    return
                 if isinstance(item, BaseException):
                     raise item
-                image = item.result()
+                image = _waiting(timed, "waiting_for_decode", not item.done(), item.result)
                 budget.give_back(_pixels(image))
                 yield image
         finally:
             stop.set()
             budget.close()
             reader.join()
+
+
+def _waiting(profile: Profile, stage: str, must_wait: bool, get: Callable[[], T]) -> T:
+    """Timed only where there is something to wait for: most images are ready."""
+    if not must_wait:
+        return get()
+    with profile.of(stage):
+        return get()
 
 
 class _PixelBudget:
@@ -102,14 +121,16 @@ class _PixelBudget:
             self._changed.notify_all()
 
 
-def _decode(sample: Sample, turn: int, budget: _PixelBudget) -> DecodedImage:
+def _decode(sample: Sample, turn: int, budget: _PixelBudget, profile: Profile) -> DecodedImage:
     taken: list[int] = []
 
     def take(pixels: int) -> None:
-        budget.take(turn, pixels)
+        with profile.pause():
+            budget.take(turn, pixels)
         taken.append(pixels)
 
-    image = decode_sample(sample, before_decoding=take)
+    with profile.of("decode"):
+        image = decode_sample(sample, before_decoding=take)
     if not taken:
         budget.take(turn, 0)
     elif (held := _pixels(image)) != taken[0]:  # it failed while it was decoded

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from sanitize.profile import Profile
 from sanitize.records import DecodedImage
 from sanitize.stages.agreement import IMAGE_HASH, RESIDUALS
 from sanitize.stages.clean_reference import CleanReference, embedding_statistics, neighbour_distance
@@ -119,10 +120,12 @@ class Scorer:
         clean_reference: CleanReference | None = None,
         prescreen_threshold: float = -math.inf,
         witnesses: Witnesses | None = None,
+        profile: Profile | None = None,
     ) -> None:
         """clean_reference: of the scorers `evidence` and `reaction`; of the latter, images with a prescreen score below the threshold are
         not perturbed. witnesses: of the scorer `evidence`."""
         self.device = device
+        self.profile = profile or Profile()
         self.clean_reference = clean_reference.to(device) if clean_reference else None
         self.prescreen_threshold = prescreen_threshold
         self.witnesses = witnesses.to(device) if witnesses else None
@@ -138,6 +141,10 @@ class Scorer:
 
     def __call__(self, decoded: Sequence[DecodedImage]) -> Columns:
         """Score decodable images. A batch too large for the device is halved, down to single images."""
+        with self.profile.of("scoring"):
+            return self._columns(decoded)
+
+    def _columns(self, decoded: Sequence[DecodedImage]) -> Columns:
         size = min(len(decoded), self.largest or len(decoded))
         parts = [self._score_or_halve(decoded[i : i + size]) for i in range(0, len(decoded), max(size, 1))]
         columns = {name: values.numpy() for name, values in _joined(parts).items()}
@@ -200,7 +207,7 @@ class Scorer:
     def _seen(self, witnesses: Witnesses, predictor: Predictor, images: Tensor) -> Tensor:
         """What the predictor looks at: small images, or features of the reference encoder."""
         if witnesses.reference:
-            return embed(witnesses.reference, images, self.dtype)
+            return self._embed(witnesses.reference, images)
         return shrink(images, predictor.eye_size).clamp(0, 1)
 
     def _against_clean(self, reference: CleanReference, images: Tensor, embeddings: Tensor) -> TensorColumns:
@@ -231,7 +238,7 @@ class Scorer:
     @torch.inference_mode()
     def changes(self, images: Tensor, embeddings: Tensor) -> Tensor:
         """(B, V) changes of the embeddings (B, D) when the images (B, 3, S, S) in [0, 1] are perturbed."""
-        return embedding_changes(lambda perturbed: embed(self.encoder, perturbed, self.dtype), images, embeddings)
+        return embedding_changes(lambda perturbed: self._embed(self.encoder, perturbed), images, embeddings)
 
     def text_similarity(self, embeddings: Tensor, captions: Sequence[str]) -> Tensor:
         """(B,) cosine of each image with its own caption; NaN where the caption is "" or no text tower is loaded."""
@@ -247,8 +254,13 @@ class Scorer:
         """images (B, 3, S, S) in [0, 1] and raw embeddings (B, D), both float32 on the device."""
         spec = self.encoder.spec
         pixels = [image.pixels for image in decoded if image.pixels is not None]
-        images = to_batch(pixels, spec.image_size, spec.resize, self.device)
-        return images, embed(self.encoder, images, self.dtype)
+        with self.profile.of("resize"):
+            images = to_batch(pixels, spec.image_size, spec.resize, self.device)
+        return images, self._embed(self.encoder, images)
+
+    def _embed(self, encoder: Encoder, images: Tensor) -> Tensor:
+        with self.profile.of("encoder"):
+            return embed(encoder, images, self.dtype)
 
     @torch.inference_mode()
     def reconstruct(self, embeddings: Tensor, targets: Tensor, hashes: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -127,7 +127,7 @@ class ShardReader:
                 )
             seen.add(member.key)
             pending = self._extended(Sample(len(seen) - 1, member.key, ()), member)
-        if pending is not None and pending.members[-1].end <= self.size:
+        if pending is not None and pending.end <= self.size:
             yield self._finished(pending)
         self.sha256 = self._file.sha256()
         if self._with_images and self._file.tell() != self.size:  # else a cut connection would look like a damaged tail
@@ -136,10 +136,10 @@ class ShardReader:
                 "the file changed meanwhile. Run the same command again."
             )
 
-    @property
-    def bytes_read(self) -> int:
-        """How far this pass is, in bytes of the shard as it is stored."""
-        return self._file.tell() * self._shard.size // max(self.size, 1)
+    def stored_bytes(self, end: int) -> int:
+        """How much of the shard, as it is stored, lies before byte `end` of its tar. Of a sample that was worked on: how far the work is;
+        reading is further."""
+        return min(end, self.size) * self._shard.size // max(self.size, 1)
 
     def content(self, member: Member, limit: int | None = None) -> bytes:
         """The (first `limit`) bytes of a member of the sample that `samples()` just gave; only of a reader without images."""

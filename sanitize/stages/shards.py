@@ -197,8 +197,11 @@ def tar_size(shard: Shard, file: IO[bytes]) -> int:
 
 def read_block(file: IO[bytes], size: int, url: str) -> bytes:
     """Read, and name the shard when the device or the network fails."""
-    with _shard_errors(), storage.explain_read_errors(url):
+    try:
         return file.read(size)
+    except Exception:  # explained only now: to enter both contexts takes longer than to read a header does
+        with _shard_errors(), storage.explain_read_errors(url):
+            raise
 
 
 @contextlib.contextmanager

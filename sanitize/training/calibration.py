@@ -70,7 +70,7 @@ class StatisticsTask:
             for decoded in image_batches(chosen, self.batch_size, threads):
                 rows = self._statistics([image.pixels for image in decoded if image.pixels is not None], encoder, known)
                 found |= {image.sha256: row for image, row in zip(decoded, rows, strict=True)}
-                progress(len(found), 0, reader.bytes_read)
+                progress(len(found), 0, reader.stored_bytes(decoded[-1].end))
         tensors = {name: torch.from_numpy(row) for name, row in found.items()}
         storage.write_bytes(path, safetensors.torch.save(tensors))
         return found

@@ -92,7 +92,7 @@ class EmbedTask:
                         columns["images"] = shrink(images, self.image_size).half().cpu()
                     yield columns
                 done += len(decoded)
-                progress(done, 0, reader.bytes_read)
+                progress(done, 0, reader.stored_bytes(decoded[-1].end))
 
 
 def load_embeddings(path: str) -> dict[str, Tensor]:

@@ -105,7 +105,7 @@ class QueryTask:
                             "image_hashes": difference_hash(images),
                         }
                     )
-                    progress(sum(len(part["hashes"]) for part in parts), 0, reader.bytes_read)
+                    progress(sum(len(part["hashes"]) for part in parts), 0, reader.stored_bytes(decoded[-1].end))
         if not parts:
             return 0
         tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

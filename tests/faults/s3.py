@@ -21,6 +21,8 @@ from typing import Any, ClassVar
 
 import boto3
 
+from sanitize.artifacts.scan_profile import PROFILE
+
 # what AWS answers; `retried`: by botocore and s3fs themselves
 ANSWERS = {
     "throttled": (503, "SlowDown", "Please reduce your request rate."),
@@ -97,7 +99,7 @@ class Bucket:
 
     def tree_bytes(self, folder: str) -> dict[str, bytes]:
         """Every object below `folder`, by relative path: `builders.tree_bytes` of a bucket."""
-        keys = {name: f"{folder}/{name}" for name in self.names(folder)}
+        keys = {name: f"{folder}/{name}" for name in self.names(folder) if name != PROFILE}
         return {name: self.client.get_object(Bucket=self.name, Key=key)["Body"].read() for name, key in keys.items()}
 
     def all_buckets(self) -> list[str]:
