@@ -3,6 +3,9 @@
 A trigger that survives a perturbation holds the embedding in place, whatever happens to the content; one that does not lets it
 go. Either way the pattern of changes is unlike that of clean images. Nothing is assumed about where the trigger is or what it
 looks like; an encoder without a backdoor treats a trigger as any other content, so the control stays near 0.5.
+
+Its ancestor is TeCo (Liu et al., CVPR 2023, arXiv 2303.18191): the spread, over kinds of corruption, of the severity at which a
+classifier's hard label changes. Here an encoder has no labels, so the change of the embedding is measured, at one strength.
 """
 
 import math
