@@ -19,6 +19,7 @@ from sanitize.detectors import (
     isolation_forest,
     lorex,
     norm,
+    patch_search,
     spectral,
     whitened_norm,
 )
@@ -37,6 +38,7 @@ DETECTORS: dict[str, Callable[..., Score]] = {
     "isolation_forest": isolation_forest.fit,
     "lorex": lorex.fit,
     "norm": norm.fit,
+    "patch_search": patch_search.fit,
     "spectral": spectral.fit,
     "whitened_norm": whitened_norm.fit,
 }
