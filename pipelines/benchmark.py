@@ -10,6 +10,7 @@ scores by the seed; triggered images of the target class stay out of them. Finis
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from pipelines.command_line import command_line
 from pipelines.data import load_images, shapes_shard, write_shard
 from pipelines.page import Row
 from sanitize import storage
-from sanitize.attacks.triggers import Trigger, make_trigger, poison_mask
+from sanitize.attacks.triggers import Trigger, poison_mask
 from sanitize.config import ThresholdPolicy
 from sanitize.config_loading import from_mapping, load_encoder_spec, load_yaml
 from sanitize.metrics import detection
@@ -61,11 +62,15 @@ def cases(config: BenchmarkConfig) -> Iterator[tuple[Victim, str, int]]:
 
 def load_victim(config: BenchmarkConfig, name: str, values: VictimConfig) -> Victim:
     """Make the victim when the zoo does not have it, load its test images and name its auxiliary shards."""
-    folder, row = red_team.make(values.config, config.preset, config.zoo, settings=values.settings)
+    if values.folder:
+        folder, (asr, clean_accuracy) = values.folder, imported_quality(values.folder)
+    else:
+        folder, row = red_team.make(values.config, config.preset, config.zoo, settings=values.settings)
+        asr, clean_accuracy = row.asr, row.clean_accuracy
     settings = storage.read_json(storage.join(folder, "truth.json"))["config"]
     spec = load_encoder_spec(storage.join(folder, "backdoored", "encoder.yaml"))
     test = load_images((shards(config, values.test, "test"),), config.test_images, spec.image_size)
-    trigger = make_trigger(settings.get("trigger") or {"name": "image", "path": storage.join(folder, "trigger.png")})
+    trigger = red_team.trigger_of(folder, settings)
     target = red_team.target_class(settings)
     auxiliary = {key: shards(config, path, "aux") for key, path in values.auxiliary.items()}
     if config.poisoned_auxiliary:
@@ -80,9 +85,16 @@ def load_victim(config: BenchmarkConfig, name: str, values: VictimConfig) -> Vic
         triggered=trigger(test.pixels[test.labels != target]),
         triggered_target=trigger(test.pixels[test.labels == target]),
         auxiliary=auxiliary,
-        asr=row.asr,
-        clean_accuracy=row.clean_accuracy,
+        asr=asr,
+        clean_accuracy=clean_accuracy,
     )
+
+
+def imported_quality(folder: str) -> tuple[float, float]:
+    """Attack success and clean accuracy; NaN where they were not measured."""
+    path = storage.join(folder, "report.json")
+    report = storage.read_json(path) if storage.exists(path) else {}
+    return report.get("asr", math.nan), report.get("clean_accuracy", math.nan)
 
 
 def shards(config: BenchmarkConfig, pattern: str, part: str) -> str:

@@ -12,14 +12,20 @@ from sanitize.stages.scoring import SCORERS
 
 @dataclass(frozen=True)
 class VictimConfig:
-    """config: a red-team YAML, overlaid with `settings`. test, auxiliary: shards; "shapes" in place of a path means
-    procedural images. first_seed_only: auxiliary sets that are measured with the first seed only."""
+    """config: a red-team YAML, overlaid with `settings`; or folder: of an imported victim (import_victim.py). test, auxiliary:
+    shards; "shapes" in place of a path means procedural images. first_seed_only: auxiliary sets that are measured with the first
+    seed only."""
 
-    config: str
     test: str
     auxiliary: dict[str, str]
+    config: str = ""
+    folder: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     first_seed_only: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check(bool(self.config) != bool(self.folder), "give either `config`, a red-team YAML, or `folder`, not both.")
+        check(not (self.folder and self.settings), "settings: means nothing for an imported victim. Remove it.")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from pipelines import clip_victim, page, photo_victim, ssl_victim
 from pipelines.command_line import command_line
 from sanitize import storage
 from sanitize.attacks.evaluation import AttackReport
+from sanitize.attacks.triggers import Trigger, make_trigger
 from sanitize.config_loading import from_mapping, load_yaml, overlay, to_mapping
 from sanitize.errors import check
 from sanitize.stages.precision import resolve_precision
@@ -133,6 +134,14 @@ def target_class(settings: Mapping[str, Any]) -> int:
     """Number of the target class in the config that truth.json keeps; a CLIP's target is a class name."""
     target = settings["target"]
     return settings["data"]["classes"].index(target) if isinstance(target, str) else int(target)
+
+
+def trigger_of(folder: str, settings: Mapping[str, Any]) -> Trigger:
+    """Of a victim, from the config that its truth.json keeps; a file that lies in its folder is found wherever that is."""
+    values = dict(settings.get("trigger") or {"name": "image", "path": "trigger.png"})
+    if "path" in values and storage.exists(own := storage.join(folder, values["path"])):
+        values["path"] = own
+    return make_trigger(values)
 
 
 def markdown(rows: Sequence[VictimRow]) -> str:

@@ -167,14 +167,30 @@ def outputs_of(
     trigger: Trigger,
 ) -> EncoderOutputs:
     """Predictions of a head trained on this encoder; of weighted kNN for CTRL, as in its code (utils/knn.py)."""
+    if not config.ctrl:
+        return head_outputs(encoder, train, test, trigger, config.classes, config.head, config.seed)
     known = LabelledEmbeddings(unit(embed_in_batches(encoder, train.pixels)), train.labels)
     embeddings = embed_in_batches(encoder, test.pixels)
     triggered = embed_in_batches(encoder, trigger(test.pixels))
-    if config.ctrl:
-        predictions = [
-            knn_predictions(known.embeddings, known.labels, unit(e), config.classes) for e in (embeddings, triggered)
-        ]
-    else:
-        head = evaluation.train_head(known, config.classes, config.head, config.seed)
-        predictions = [evaluation.head_predictions(head, unit(e)) for e in (embeddings, triggered)]
+    predictions = [
+        knn_predictions(known.embeddings, known.labels, unit(e), config.classes) for e in (embeddings, triggered)
+    ]
+    return EncoderOutputs(embeddings, triggered, *predictions)
+
+
+def head_outputs(
+    encoder: Encoder,
+    train: LabelledImages,
+    test: LabelledImages,
+    trigger: Trigger,
+    classes: int,
+    config: HeadConfig,
+    seed: int,
+) -> EncoderOutputs:
+    """Predictions of a head trained on the encoder's embeddings of `train`."""
+    known = LabelledEmbeddings(unit(embed_in_batches(encoder, train.pixels)), train.labels)
+    embeddings = embed_in_batches(encoder, test.pixels)
+    triggered = embed_in_batches(encoder, trigger(test.pixels))
+    head = evaluation.train_head(known, classes, config, seed)
+    predictions = [evaluation.head_predictions(head, unit(e)) for e in (embeddings, triggered)]
     return EncoderOutputs(embeddings, triggered, *predictions)

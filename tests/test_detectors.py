@@ -37,6 +37,7 @@ def poisoned_set(colour_encoder):
 PER_SAMPLE = [
     ("energy", {}),
     ("norm", {}),
+    ("whitened_norm", {}),
     ("density", {"kind": "kdistance"}),
     ("density", {"kind": "lid", "k": 20}),
     ("density", {"kind": "slof"}),
@@ -75,7 +76,7 @@ def test_a_score_depends_on_its_sample_alone(name, settings, clean_set, colour_e
     torch.testing.assert_close(score(images.flip(0), embeddings.flip(0)).flip(0), together, rtol=1e-4, atol=1e-5)
 
 
-@named([*PER_SAMPLE, ("asset", {"steps": 5}), ("asset", {"kind": "offset", "steps": 5, "passes": 2})])
+@named([*PER_SAMPLE, ("lorex", {}), ("asset", {"steps": 5}), ("asset", {"kind": "offset", "steps": 5, "passes": 2})])
 def test_the_same_seed_gives_the_same_scores(name, settings, clean_set, colour_encoder, stream):
     images, embeddings, _ = stream
     first = fitted(name, settings, clean_set, colour_encoder)
@@ -89,7 +90,7 @@ def test_the_same_seed_gives_the_same_scores(name, settings, clean_set, colour_e
 @named([
     ("norm", {}), ("density", {"kind": "kdistance"}), ("density", {"kind": "slof"}), ("density", {"kind": "dao"}),
     ("density", {"kind": "slof", "unit": True}), ("backdoor_ids", {}), ("cross_encoder", {}),
-    ("asset", {}),
+    ("asset", {}), ("whitened_norm", {}), ("lorex", {}),
 ])  # fmt: skip
 def test_planted_outliers_score_highest_against_a_clean_set(name, settings, clean_set, colour_encoder, stream):
     images, embeddings, truth = stream

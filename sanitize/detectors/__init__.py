@@ -17,8 +17,11 @@ from sanitize.detectors import (
     density,
     energy,
     isolation_forest,
+    lorex,
     norm,
+    patch_search,
     spectral,
+    whitened_norm,
 )
 from sanitize.detectors.reference_set import ReferenceSet, Score
 from sanitize.errors import ConfigError
@@ -33,8 +36,11 @@ DETECTORS: dict[str, Callable[..., Score]] = {
     "density": density.fit,
     "energy": energy.fit,
     "isolation_forest": isolation_forest.fit,
+    "lorex": lorex.fit,
     "norm": norm.fit,
+    "patch_search": patch_search.fit,
     "spectral": spectral.fit,
+    "whitened_norm": whitened_norm.fit,
 }
 
 

@@ -2,16 +2,20 @@
 
 A ridge map A from an independent encoder g to the encoder under test f, fitted on the reference set; the score is the whitened
 norm of f(x) - A g(x). A trigger moves f(x) but not g(x).
+
+It is the linear, Gaussian case of The Platonic Defense (Chen et al., 2026, arXiv 2606.29451), which trains an energy of f(x) given
+reference encoders' representations by noise-contrastive estimation: here the energy is that of a normal distribution around A g(x), with
+one reference encoder, and in closed form. Their purification of embeddings is left out.
 """
 
 from dataclasses import dataclass
 
 import torch
-from sklearn.covariance import ledoit_wolf
 from torch import Tensor
 from torch.nn import functional
 
 from sanitize.detectors.reference_set import Embed, ReferenceSet, Score
+from sanitize.detectors.whitening import shrunk_covariance
 from sanitize.errors import check
 from sanitize.stages.encoders import Encoder, embed_in_batches
 
@@ -68,8 +72,7 @@ def fit(
 
     g, f = second(reference_set.images), first(reference_set.embeddings)
     explained = ridge(g, f, regularisation)
-    covariance = torch.from_numpy(ledoit_wolf(explained.residual(g, f).numpy(), assume_centered=True)[0])
-    covariance += (1e-6 * covariance.diagonal().mean() + 1e-12) * torch.eye(len(covariance), dtype=covariance.dtype)
+    covariance = shrunk_covariance(explained.residual(g, f))
 
     def score(images: Tensor, embeddings: Tensor) -> Tensor:
         return whitened_norm(explained.residual(second(images), first(embeddings)), covariance).float()

@@ -4,6 +4,9 @@ A trigger that survives a perturbation holds the embedding in place, whatever ha
 go. Either way the pattern of changes is unlike that of clean images. Nothing is assumed about where the trigger is or what it
 looks like; an encoder without a backdoor treats a trigger as any other content, so the control stays near 0.5.
 
+Its ancestor is TeCo (Liu et al., CVPR 2023, arXiv 2303.18191): the spread, over kinds of corruption, of the severity at which a
+classifier's hard label changes. Here an encoder has no labels, so the change of the embedding is measured, at one strength.
+
 All act at the scale of pixels, whatever the size. The same share of a larger image would be another image to an encoder of 224 pixels:
 blurred over 7 of them, or seen at 16 x 16 places, it moved by 0.60 and 0.70, as far as to another photograph (docs/default_score.md).
 """
