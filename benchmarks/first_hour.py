@@ -140,6 +140,34 @@ INIT = "sanitize init --encoder"
 LOOK = "sanitize check-encoder encoder.yaml"
 USERS = (
     User(
+        "folder of JPEG files, Hugging Face CLIP",
+        folders,
+        huggingface("clip"),
+        (
+            f"{INIT} hf:model",
+            "sanitize pack photos shards",
+            "sanitize pack aux-photos aux --labels none",
+            f"{LOOK} aux",
+            "sanitize fit aux --encoder encoder.yaml",
+            "sanitize scan shards",
+            "sanitize list scanned kept.txt --only kept",
+        ),
+    ),
+    User(
+        "Hugging Face Parquet, DINOv2",
+        parquet,
+        huggingface("dinov2"),
+        (
+            f"{INIT} hf:model",
+            "sanitize pack data shards",
+            "sanitize pack aux-data aux",
+            f"{LOOK} aux",
+            "sanitize fit aux --encoder encoder.yaml",
+            "sanitize scan shards",
+            "sanitize list scanned removed.csv --only removed",
+        ),
+    ),
+    User(
         "tars on S3, timm ViT",
         on_s3,
         timm_file,
@@ -175,34 +203,6 @@ USERS = (
             f"{LOOK} aux",
             "sanitize fit aux --encoder encoder.yaml",
             "sanitize scan shards",
-        ),
-    ),
-    User(
-        "folder of JPEG files, Hugging Face CLIP",
-        folders,
-        huggingface("clip"),
-        (
-            f"{INIT} hf:model",
-            "sanitize pack photos shards",
-            "sanitize pack aux-photos aux --labels none",
-            f"{LOOK} aux",
-            "sanitize fit aux --encoder encoder.yaml",
-            "sanitize scan shards",
-            "sanitize list scanned kept.txt --only kept",
-        ),
-    ),
-    User(
-        "Hugging Face Parquet, DINOv2",
-        parquet,
-        huggingface("dinov2"),
-        (
-            f"{INIT} hf:model",
-            "sanitize pack data shards",
-            "sanitize pack aux-data aux",
-            f"{LOOK} aux",
-            "sanitize fit aux --encoder encoder.yaml",
-            "sanitize scan shards",
-            "sanitize list scanned removed.csv --only removed",
         ),
     ),
 )

@@ -28,7 +28,7 @@ from sanitize.stages.tails import Floats
 from sanitize.stages.thresholds import clean_quantile, is_counted
 
 RATES = (0.01, 0.001)
-SIZES = (20, 60, 200, 800)  # held-out images
+SIZES = (20, 60, 200)  # held-out images; then all there are
 DRAWS = 200
 HEADER = [
     "victim",
@@ -68,7 +68,7 @@ def measured(config: BenchmarkConfig, victim: Victim, aux: str, settings: Detect
         values = values_of(detector.clean_reference, clean.statistics, clean.energy)
     rng = np.random.default_rng(seed)
     available = len(detector.scores)
-    for size in (size for size in SIZES if size <= available):
+    for size in (*(size for size in SIZES if size < available), available):
         draws = [rng.choice(available, size, replace=False) for _ in range(1 if size == available else DRAWS)]
         for rate in RATES:
             removed = [

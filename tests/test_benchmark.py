@@ -209,12 +209,12 @@ def test_the_calibration_study_judges_clean_images_by_cuts_of_few_and_many_held_
     settings = DetectorConfig(scorer=scorer)
     rows = list(calibration_study.measured(study, victim, "id", settings))
     cuts = {(row["held_out"], row["nominal"]): row["cut"] for row in rows}
+    most = max(size for size, _ in cuts)
     assert cuts == {
-        (20, 0.01): "refused",
-        (20, 0.001): "refused",
-        (60, 0.01): "fitted tail",
-        (60, 0.001): "fitted tail",
+        **{(20, rate): "refused" for rate in (0.01, 0.001)},
+        **{(size, rate): "fitted tail" for size in (60, most) for rate in (0.01, 0.001)},
     }
+    assert most > 100
     detector, _ = benchmark.fit_scorer(study, victim, "backdoored", "id", 0, settings)
     found = benchmark.score_victim(study, victim, "backdoored", "id", 0, scorer, settings)
     assert all(0 <= row["removed_low"] <= row["removed_high"] <= 1 for row in rows if row["cut"] != "refused")
