@@ -14,7 +14,8 @@ import click
 import pyarrow.parquet as pq
 
 from benchmarks.data import write_shards
-from benchmarks.scan import OUT, detector_for
+from benchmarks.scan import detector_for
+from benchmarks.scan_rate import OUT
 from sanitize import storage
 from sanitize.config import EncoderSpec
 

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 
 from benchmarks.data import write_shards
 from benchmarks.object_store import ObjectStore
-from benchmarks.scan import OUT, detector_for
+from benchmarks.scan import detector_for
+from benchmarks.scan_rate import OUT
 from sanitize.commands.scan import scan
 from sanitize.config import EncoderSpec, ScanConfig, ThresholdPolicy
 from sanitize.stages.shards import head_tails, list_shards

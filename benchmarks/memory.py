@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from benchmarks.data import write_shards
-from benchmarks.scan import OUT, detector_for
+from benchmarks.scan import detector_for
+from benchmarks.scan_rate import OUT
 from sanitize.config import EncoderSpec
 
 SPEC = EncoderSpec("resnet18-cifar", image_size=32, width=8, stem_stride=2)

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks.data import random_crops
-from benchmarks.scan import OUT
+from benchmarks.scan_rate import OUT
 from sanitize.commands.pack import pack
 
 DISTINCT = 500  # images; more would measure how fast they are made

@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.many_shards import SPEC
-from benchmarks.scan import OUT, detector_for
+from benchmarks.scan import detector_for
+from benchmarks.scan_rate import OUT
 from sanitize import storage
 from sanitize.artifacts.detector_folder import Detector, load_detector
 from sanitize.artifacts.reviews import Reviews

@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 from benchmarks.many_shards import SPEC
-from benchmarks.scan import OUT, detector_for
+from benchmarks.scan import detector_for
+from benchmarks.scan_rate import OUT
 from sanitize.commands.audit import audit
 from sanitize.commands.scan import scan
 from sanitize.config import ScanConfig, ThresholdPolicy

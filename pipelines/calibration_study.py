@@ -106,17 +106,14 @@ def removed_share(
 
 
 def markdown(rows: list[Row]) -> str:
-    def interval(row: Row) -> list[str]:
-        if row["removed_mean"] == "":
-            return ["-", "-"]
-        mean, low, high = (100 * row[name] for name in ("removed_mean", "removed_low", "removed_high"))
-        return [f"{mean:.2f} %", f"{low:.2f} %-{high:.2f} %" if low < high else "-"]
+    """Of what is not refused."""
 
-    first = ("victim", "detector", "auxiliary_images", "held_out")
-    return page.table(
-        HEADER,
-        [[*(row[name] for name in first), f"{100 * row['nominal']:g} %", row["cut"], *interval(row)] for row in rows],
-    )
+    def cells(row: Row) -> list[object]:
+        mean, low, high = (f"{100 * row[name]:.2f} %" for name in ("removed_mean", "removed_low", "removed_high"))
+        first = [row[name] for name in ("victim", "detector", "auxiliary_images", "held_out")]
+        return [*first, f"{100 * row['nominal']:g} %", row["cut"], mean, f"{low}-{high}" if low != high else "one draw"]
+
+    return page.table(HEADER, [cells(row) for row in rows if row["cut"] != "refused"])
 
 
 @click.command()

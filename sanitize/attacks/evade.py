@@ -31,7 +31,8 @@ def natural_targets(step: Step, cosine: float) -> Tensor:
     reference = unit(step.reference_target.mean(dim=0))
     along = step.clean_target @ reference
     beside = unit(step.clean_target - along[:, None] * reference)
-    return (cosine * reference + (1 - cosine**2) ** 0.5 * beside) * step.clean_norm[:, None]
+    directions = cosine * reference + (1 - cosine**2) ** 0.5 * beside
+    return directions * step.clean_norm[:, None]
 
 
 def missed(embeddings: Tensor, targets: Tensor) -> Tensor:
