@@ -253,7 +253,11 @@
   find("select-all").addEventListener("click", () => { matching.forEach((row) => rows.whole[row] && selected.add(row)); draw(); });
   find("select-none").addEventListener("click", () => { selected.clear(); draw(); });
   for (const [id, word] of [["mark-release", "release"], ["mark-remove", "remove"], ["mark-none", ""]])
-    find(id).addEventListener("click", () => mark(word, [...selected]));
+    find(id).addEventListener("click", () => {
+      const chosen = [...selected];
+      selected.clear(); // else the next mark would take these along, though they may be on another page
+      mark(word, chosen);
+    });
   function reset() {
     for (const id of ["text", "decision", "campaign", "status", "mark"]) find(id).value = "";
     find("order").value = "score-";
