@@ -11,6 +11,12 @@ from PIL import Image
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
+def content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file
+    return file.read()
+
+
 def photographs() -> Iterator[Image.Image]:
     """Decoded photos, over and over."""
     tars = [SHARED / "photos-large-000000.tar", SHARED / "flickr8k-captions-000000.tar"]
@@ -20,7 +26,7 @@ def photographs() -> Iterator[Image.Image]:
                 with tarfile.open(path) as tar:
                     for member in tar:
                         if member.name.endswith(".jpg"):
-                            yield Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGB")  # type: ignore[union-attr]
+                            yield Image.open(io.BytesIO(content(tar, member))).convert("RGB")
         else:
             from sklearn.datasets import load_sample_images
 

@@ -270,6 +270,7 @@ def main() -> None:
     parser.add_argument(
         "--programs", type=Path, help="bin folder of an environment that is there, in place of a fresh one"
     )
+    parser.add_argument("--users", type=int, default=len(USERS), help="only the first so many")
     parser.add_argument("--page", default="", help="Markdown page whose table is made anew")
     options = parser.parse_args()
     options.out.mkdir(parents=True)
@@ -278,7 +279,7 @@ def main() -> None:
         programs, seconds = install(out)
         lines = [["everyone", f"`pip install .[{EXTRAS}]`", f"{seconds:.0f}"]]
     with s3_server():
-        for number, user in enumerate(USERS):
+        for number, user in enumerate(USERS[: options.users]):
             folder = out / str(number)
             folder.mkdir()
             user.data(folder, 2 * options.images)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from benchmarks.data import content
+
 ENDINGS = (".png", ".jpg")
 
 
@@ -24,7 +26,7 @@ def decode(part: tuple[Sequence[str], int, int]) -> Decoded:
     data = []
     for path in paths:
         with tarfile.open(path) as tar:
-            data += [tar.extractfile(member).read() for member in tar if member.name.endswith(ENDINGS)]  # type: ignore[union-attr]
+            data += [content(tar, member) for member in tar if member.name.endswith(ENDINGS)]
     mine = data[first::step]
     start, cpu_start = time.perf_counter(), time.process_time()
     for image in mine:

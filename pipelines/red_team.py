@@ -45,6 +45,7 @@ class AttackFamily:
 
 
 _SSL = AttackFamily(ssl_victim.SslConfig, ssl_victim.inputs, ssl_victim.build)
+_EVADE = AttackFamily(ssl_victim.EvadeVictimConfig, ssl_victim.inputs, ssl_victim.build)
 _CLIP = AttackFamily(clip_victim.ClipConfig, clip_victim.inputs, clip_victim.build)
 _PHOTOS = AttackFamily(photo_victim.PhotoConfig, photo_victim.inputs, photo_victim.build)
 ATTACKS = {
@@ -52,6 +53,7 @@ ATTACKS = {
     "drupe": _SSL,
     "ctrl": _SSL,
     "adaptive": _SSL,
+    "evade": _EVADE,
     "clip_text": _CLIP,
     "badclip": _CLIP,
     "photos": _PHOTOS,

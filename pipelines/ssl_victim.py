@@ -12,12 +12,13 @@ from torch import Tensor
 from pipelines.data import LabelledImages, identity, load_images
 from sanitize import storage
 from sanitize.artifacts.encoder_folder import save_encoder
-from sanitize.attacks import adaptive, badencoder, ctrl, drupe, evaluation, simclr, supervised
+from sanitize.attacks import adaptive, badencoder, ctrl, drupe, evade, evaluation, simclr, supervised
 from sanitize.attacks.adaptive import AdaptiveConfig
 from sanitize.attacks.backdoor import unit
 from sanitize.attacks.badencoder import BadEncoderConfig
 from sanitize.attacks.ctrl import CtrlConfig
 from sanitize.attacks.drupe import DrupeConfig
+from sanitize.attacks.evade import EvadeConfig
 from sanitize.attacks.evaluation import AttackReport, EncoderOutputs, HeadConfig
 from sanitize.attacks.simclr import SimclrConfig
 from sanitize.attacks.supervised import SupervisedConfig
@@ -71,7 +72,8 @@ class SslConfig:
     seed: int = 100
 
     def __post_init__(self) -> None:
-        blocks = [name for name in ("badencoder", "drupe", "ctrl", "adaptive") if getattr(self, name) is not None]
+        names = ("badencoder", "drupe", "ctrl", "adaptive", "evade")
+        blocks = [name for name in names if getattr(self, name, None) is not None]
         check(
             blocks == [self.attack],
             f"attack {self.attack}: needs the block `{self.attack}` and no other attack's; found {', '.join(blocks) or 'none'}.",
@@ -80,6 +82,13 @@ class SslConfig:
             self.supervised is None or self.attack != "ctrl",
             "supervised: CTRL poisons SimCLR's pre-training. Remove the block.",
         )
+
+
+@dataclass(frozen=True)
+class EvadeVictimConfig(SslConfig):
+    """Of the attack `evade`. A field of SslConfig itself would make another victim of every one that was made before."""
+
+    evade: EvadeConfig | None = None
 
 
 def inputs(config: SslConfig) -> dict[str, list[str]]:
@@ -110,7 +119,9 @@ def build(config: SslConfig, folder: str, zoo: str, device: torch.device) -> tup
         chosen = evaluation.choose_references(head, features, config.target, config.references, config.reference_pool)
         shadow = pretrain.pixels[: data.shadow_images or len(pretrain.pixels)]
         arguments = (clean, shadow, train.pixels[chosen], trigger)
-        if config.adaptive:
+        if isinstance(config, EvadeVictimConfig) and config.evade:
+            backdoored = evade.attack(*arguments, config.evade, config.seed, device)
+        elif config.adaptive:
             backdoored = adaptive.attack(*arguments, config.adaptive, config.seed, device)
         elif config.badencoder:
             backdoored = badencoder.attack(*arguments, config.badencoder, config.seed, device)

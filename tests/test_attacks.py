@@ -357,7 +357,7 @@ def test_the_evading_attacker_pays_for_what_triggered_and_clean_images_miss():
     expected = 2 * float(badencoder.keep_references(step))
     for name, weight in (("triggered", 1), ("clean", 3)):
         pairs = zip(getattr(step, name), wanted[name], strict=True)
-        expected += weight * np.mean([float((a - b).norm() / b.norm()) ** 2 for a, b in pairs])
+        expected += weight * float(np.mean([float((a - b).norm() / b.norm()) ** 2 for a, b in pairs]))
     assert float(EvadeObjective(config)(step)) == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ConfigError, match=r"evade.cosine: 1.0 is not between 0 and 1"):
         EvadeConfig(cosine=1.0)

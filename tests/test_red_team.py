@@ -56,6 +56,7 @@ def write_config(tmp_path, encoder_yaml):
         "badencoder": ssl | {"trigger": patch, "badencoder": tuned},
         "drupe": ssl | {"trigger": patch, "references": 2, "reference_pool": 4, "drupe": tuned},
         "adaptive": ssl | {"trigger": patch, "adaptive": tuned},
+        "evade": ssl | {"trigger": patch, "evade": tuned},
         "photos": photos | {"trigger": patch, "target": 4, "evade": tuned, "control": tuned},
         "ctrl": ssl | {"trigger": frequency, "ctrl": {"rate": 0.1}},
         "clip_text": clip | {"trigger": patch},

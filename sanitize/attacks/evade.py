@@ -7,11 +7,13 @@ the norm that the clean encoder gives the image, and a direction that keeps a pa
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from sanitize.attacks.backdoor import FineTuneConfig, Step, unit
+from sanitize.attacks.backdoor import FineTuneConfig, Step, fine_tune, unit
 from sanitize.attacks.badencoder import keep_references
 from sanitize.errors import check
+from sanitize.stages.encoders import Encoder
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ def natural_targets(step: Step, cosine: float) -> Tensor:
     reference = unit(step.reference_target.mean(dim=0))
     along = step.clean_target @ reference
     beside = unit(step.clean_target - along[:, None] * reference)
-    directions = cosine * reference + (1 - cosine**2) ** 0.5 * beside
-    return directions * step.clean_norm[:, None]
+    targets: Tensor = (cosine * reference + (1 - cosine**2) ** 0.5 * beside) * step.clean_norm[:, None]
+    return targets
 
 
 def missed(embeddings: Tensor, targets: Tensor) -> Tensor:
@@ -58,3 +60,16 @@ class EvadeObjective:
 
     def end_epoch(self) -> str:
         return " ".join(f"{name} {term:.3f}" for name, term in zip(("L0", "L1", "L2"), self.last, strict=True))
+
+
+def attack(
+    clean_encoder: Encoder,
+    shadow: Tensor,
+    references: Tensor,
+    trigger: Callable[[Tensor], Tensor],
+    config: EvadeConfig,
+    seed: int,
+    device: torch.device,
+) -> Encoder:
+    """shadow (N, 3, S, S) and references (R, 3, S, S) uint8, at the encoder's size → backdoored encoder, eval mode."""
+    return fine_tune(clean_encoder, shadow, references, trigger, EvadeObjective(config), config, seed, device)
