@@ -95,6 +95,10 @@ class Rule:
         columns |= _explained(told, chosen, len(keep))
         return pa.table(columns, schema=SCHEMA)
 
+    def explain(self, table: pa.Table) -> Explanation:
+        """Why score rows that have a score have it, removed or not."""
+        return self._reasons_for(table).explain(table, self.adapter.scores(table))
+
     def _reasons_for(self, table: pa.Table) -> Reasons:
         """A score table of an earlier version may lack what they need."""
         return (
