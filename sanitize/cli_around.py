@@ -166,9 +166,11 @@ def review(scanned: str, workers: int, address: str, **options: Any) -> None:
 @click.argument("file", default="")
 def card(scanned: str, file: str) -> None:
     """A section for the data card of the cleaned set, in Markdown: what was removed, why, by what rule and by whom.
+    A .json gets a Croissant description of its clean shards.
 
     \b
     Example:  sanitize card scanned/ cleaning.md
+              sanitize card scanned/ scanned/croissant.json
     """
     from sanitize.commands.card import card as run
 
