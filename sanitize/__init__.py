@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it, `__all__` and `_HO
     from sanitize.commands.card import CardResult, card
     from sanitize.commands.check_encoder import EncoderCheck, check_encoder
     from sanitize.commands.clean import clean
+    from sanitize.commands.export import ExportResult, export
     from sanitize.commands.finetune import FinetuneResult, finetune
     from sanitize.commands.fit import fit
     from sanitize.commands.inspect import Inspection, inspect
@@ -40,6 +41,7 @@ __all__ = [
     "Detector",
     "EncoderCheck",
     "EncoderSpec",
+    "ExportResult",
     "FinetuneConfig",
     "FinetuneResult",
     "FitConfig",
@@ -59,6 +61,7 @@ __all__ = [
     "card",
     "check_encoder",
     "clean",
+    "export",
     "export_encoder",
     "finetune",
     "fit",
@@ -87,6 +90,7 @@ _HOMES = {  # module → the names of the library that live there
     "commands.verify": ("verify", "VerifyResult"),
     "commands.check_encoder": ("check_encoder", "EncoderCheck"),
     "commands.inspect": ("inspect", "Inspection"),
+    "commands.export": ("export", "ExportResult"),
     "commands.list_samples": ("list_samples", "ListResult"),
     "commands.pack": ("pack", "PackResult"),
     "commands.poison": ("poison", "PoisonResult"),

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from sanitize import __version__, process
-from sanitize.cli_around import card, check_encoder, init, inspect, list_samples, pack, poison, review
+from sanitize.cli_around import card, check_encoder, export, init, inspect, list_samples, pack, poison, review
 from sanitize.cli_options import (
     build_config,
     common_options,
@@ -297,7 +297,7 @@ def verify(scanned: str, deep: bool, repair: bool) -> None:
         sys.exit(1)
 
 
-for command in (pack, list_samples, review, card, check_encoder, inspect, poison, init):
+for command in (pack, list_samples, export, review, card, check_encoder, inspect, poison, init):
     main.add_command(command)
 
 

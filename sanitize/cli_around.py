@@ -1,4 +1,4 @@
-"""Commands around the main job: pack, list, review, card, inspect, poison, check-encoder, init."""
+"""Commands around the main job: pack, list, export, review, card, inspect, poison, check-encoder, init."""
 
 import sys
 from typing import Any
@@ -21,6 +21,7 @@ TRIGGERS = (
     "sign",
     "filter",
 )  # of attacks/triggers.py; a test holds both equal
+EXPORT_FORMATS = ("folder", "fiftyone", "lightly")  # of auditing/export_formats.py; likewise
 
 
 @click.command()
@@ -97,6 +98,36 @@ def list_samples(scanned: str, file: str, only: str | None, originals: str) -> N
 
 
 @click.command()
+@click.argument("scanned")
+@click.argument("out")
+@click.option("--format", default="folder", show_default=True, type=click.Choice(EXPORT_FORMATS))
+@click.option("--limit", default=10_000, show_default=True, help="Removed samples, highest score first")
+@click.option("--kept", default=100, show_default=True, help="Kept samples nearest the cut")
+@click.option("--random", default=0, show_default=True, help="Other kept samples, drawn by --seed")
+@click.option("--seed", default=0, show_default=True, help="Chooses them")
+def export(scanned: str, out: str, **options: Any) -> None:
+    """Removed samples, and kept ones near the cut, as images and a table (samples.parquet) for the tools that you look at data with.
+
+    \b
+    Example:  sanitize export scanned/ exported/
+              sanitize export scanned/ exported/ --format fiftyone --random 500
+    """
+    from sanitize.commands.export import export as run
+
+    result = run(scanned.rstrip("/"), out.rstrip("/"), **options)
+    counts = f"{result.removed} removed and {result.kept} kept"
+    tell(result, f"{result.out}: {result.samples} samples, {counts}; {result.images} with their image")
+    for message in result.failed:
+        tell_error(f"shard: {message}")
+    if result.failed:
+        click.echo(
+            f"{len(result.failed)} shard(s) could not be read; their samples are in samples.parquet without image.",
+            err=True,
+        )
+        sys.exit(1)
+
+
+@click.command()
 @click.argument("scanned", default="scanned")
 @click.option(
     "--release", default="", metavar="FILE", help="Samples to keep: a key a line, or .csv or .parquet (shard, key)"
@@ -137,9 +168,11 @@ def review(scanned: str, workers: int, address: str, **options: Any) -> None:
 @click.argument("file", default="")
 def card(scanned: str, file: str) -> None:
     """A section for the data card of the cleaned set, in Markdown: what was removed, why, by what rule and by whom.
+    A .json gets a Croissant description of its clean shards.
 
     \b
     Example:  sanitize card scanned/ cleaning.md
+              sanitize card scanned/ scanned/croissant.json
     """
     from sanitize.commands.card import card as run
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sanitize import storage
 from sanitize.artifacts.detector_folder import Detector, load_detector
 from sanitize.artifacts.reviews import Reviews, read_reviews
-from sanitize.artifacts.scan_folder import Run, ScanFolder, ShardMarker
+from sanitize.artifacts.scan_folder import Run, ScanFolder, ShardMarker, Summary
 from sanitize.config import ThresholdPolicy
 from sanitize.errors import ConfigError, RefusedError, SanitizeError
 from sanitize.records import Word
@@ -96,6 +96,23 @@ def find_rule(scans: Sequence[Scanned], policy: ThresholdPolicy, force: bool) ->
     _refuse_to_remove_most(results, force)
     reasons = _reasons(detector or _detector_if_there(first), first, adapter, calibration)
     return Rule(threshold, policy.keep_unscored, adapter, reasons), results
+
+
+def rule_again(scans: Sequence[Scanned], summary: Summary) -> Rule:
+    """The rule that decided on all of these, to explain samples by, without words of people. Raises RefusedError when it cannot be found
+    again."""
+    out, run, policy = scans[0].folder.path, scans[0].run, summary.policy
+    detector = _detector(out, run, policy)
+    samples = {scan.folder.scores(marker.shard): marker.samples for scan in scans for marker in scan.markers}
+    adapter, calibration = _adapter(detector, run, policy, samples)
+    reasons = _reasons(detector or _detector_if_there(run), run, adapter, calibration)
+    rule = Rule(summary.threshold, policy.keep_unscored, adapter, reasons)
+    if rule.identity != summary.rule:
+        raise RefusedError(
+            f"{out}: decisions are of another version, or scans or a detector that they were made with changed. Run `sanitize clean {out}` "
+            "to decide again."
+        )
+    return rule
 
 
 def _override(keep: NDArray[np.bool_], scan: Scanned) -> int:

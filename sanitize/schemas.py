@@ -21,7 +21,7 @@ from sanitize.artifacts.reviews import Review
 from sanitize.artifacts.scan_folder import Run, ShardMarker, Summary
 from sanitize.artifacts.scan_profile import ScanProfile
 from sanitize.artifacts.truth import PoisonTruth
-from sanitize.commands import audit, card, finetune, fit, poison, review, scan, verify
+from sanitize.commands import audit, card, export, finetune, fit, poison, review, scan, verify
 from sanitize.commands import inspect as inspect_command
 from sanitize.config import EncoderSpec, FinetuneConfig, FitConfig, ScanConfig
 from sanitize.deciding import CleanResult
@@ -162,6 +162,7 @@ def all_schemas() -> dict[str, Schema]:
         "scan_profile": _written("scanned/profile.json", ScanProfile),
         "review": _written("scanned/reviews/<number>.json", Review),
         "audit_summary": _written("scanned/audit/summary.json", audit.AuditSummary),
+        "export_run": _written("exported/export.json", export.ExportRun),
         "finetune_run": _written(
             "head/run.json", FinetuneConfig, inputs | {"encoder": TEXTS}, leave_out=finetune.PLACEMENT
         ),
@@ -178,6 +179,7 @@ def all_schemas() -> dict[str, Schema]:
         "result_scan_dry_run": _written("stdout of `sanitize scan --dry-run --json`", scan.ScanPlan),
         "result_clean": _written("stdout of `sanitize clean --json`, with and without --dry-run", CleanResult),
         "result_review": _written("stdout of `sanitize review --json`", review.ReviewResult),
+        "result_export": _written("stdout of `sanitize export --json`", export.ExportResult),
         "result_card": _written("stdout of `sanitize card --json`", card.CardResult),
         "result_audit": _written("stdout of `sanitize audit --json`", audit.AuditResult),
         "result_verify": _written("stdout of `sanitize verify --json`", verify.VerifyResult),

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from builders import KEEP_ALL, REMOVE_SOME, decision_table, write_shards
+from builders import KEEP_ALL, REMOVE_SOME, decision_table, write_lines, write_shards
 
 from sanitize.commands.audit import audit, require_current, why
 from sanitize.commands.clean import clean
+from sanitize.commands.review import review
 from sanitize.commands.scan import scan
 from sanitize.config import ThresholdPolicy
 from sanitize.errors import ConfigError, RefusedError
@@ -24,6 +25,11 @@ def page(scanned: str) -> str:
 def data(scanned: str) -> dict:
     """What the page's script reads."""
     return json.loads(page(scanned).split('id="data">', 1)[1].split("</script>", 1)[0])
+
+
+def shares(text: str) -> list[float]:
+    """Of each statistic, as `why` tells them."""
+    return [float(part.split()[1]) for part in text.split("shares in it: ")[1].split("\n")[0].split(", ")]
 
 
 def test_every_removed_sample_is_in_the_report_with_what_was_decided(scanned):
@@ -162,6 +168,43 @@ def test_why_one_sample_says_what_was_decided_and_every_number(scanned):
     assert f"score that decides: {removed['score']:.4g}, the cut is {removed['threshold']:.4g}" in text
     assert "neighbour_distance" in text
     assert "to the 16th nearest of the clean embeddings" in text
+
+
+def test_why_one_kept_sample_says_how_far_below_the_cut_it_is_and_what_its_score_comes_from(scanned):
+    kept = next(row for row in decision_table(scanned).to_pylist() if row["keep"])
+    text = why(scanned, kept["key"])
+    assert f"{kept['shard']} {kept['key']}: kept" in text
+    assert f"kept: below the cut by {kept['threshold'] - kept['score']:.4g}" in text
+    assert "most of its score: embedding " in text
+    assert sum(shares(text)) == pytest.approx(1, abs=0.01)
+
+
+def test_why_says_the_shares_that_were_decided_by(scanned):
+    removed = next(row for row in decision_table(scanned).to_pylist() if not row["keep"])
+    recorded = [value for value in removed["contributions"].values() if value is not None]
+    assert shares(why(scanned, removed["key"])) == pytest.approx(sorted(recorded, reverse=True), rel=1e-2)
+
+
+def test_a_kept_sample_that_a_person_decided_on_has_its_reason_and_its_shares(scanned, tmp_path):
+    removed = next(row["key"] for row in decision_table(scanned).to_pylist() if not row["keep"])
+    review(scanned, release=write_lines(tmp_path / "keys.txt", [removed]), by="Ada", note="fine")
+    text = why(scanned, removed)
+    assert "why: released by Ada: fine" in text
+    assert "below the cut" not in text
+    assert sum(shares(text)) == pytest.approx(1, abs=0.01)
+
+
+def test_without_its_detector_why_says_what_is_not_known(shards, scan_config, detector, tmp_path, caplog):
+    moved = tmp_path / "detector"
+    moved.symlink_to(detector)
+    scan(scan_config(shards, detector=str(moved), policy=REMOVE_SOME))
+    moved.unlink()
+    kept = next(row for row in decision_table(tmp_path / "scanned").to_pylist() if row["keep"])
+    text = why(tmp_path / "scanned", kept["key"])
+    assert "below the cut by" in text
+    assert "shares in it" not in text
+    assert "the shares of each statistic are not known: " in caplog.text
+    assert "Run `sanitize clean " in caplog.text
 
 
 def test_why_of_a_key_that_is_not_there_says_so(scanned):

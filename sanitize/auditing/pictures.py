@@ -25,7 +25,7 @@ from sanitize.errors import ShardError
 from sanitize.records import DecodedImage, Sample, Shard
 from sanitize.stages.captions import MAX_CAPTION_BYTES, caption_text, split_member
 from sanitize.stages.encoders import embed
-from sanitize.stages.images import shrink
+from sanitize.stages.images import file_ending, shrink
 from sanitize.stages.prefetch import image_batches
 from sanitize.stages.score_table import Floats
 from sanitize.stages.scoring import Scorer, normalised
@@ -49,6 +49,27 @@ class Picture:
     reconstruction: bytes
     label: str
     caption: str
+
+
+@dataclass(frozen=True)
+class Original:
+    """A sample as its shard holds it. data: of its image member; ending: of a file for it; embedding: (D,) float32 raw; label,
+    caption: "" = none."""
+
+    row: int
+    data: bytes
+    ending: str
+    embedding: Floats
+    label: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Of one sample, beside what is decoded of it."""
+
+    data: bytes
+    label: str
 
 
 @dataclass(frozen=True)
@@ -83,7 +104,7 @@ Found = tuple[NDArray[np.float32], Tensor, Picture]  # embedding, small pixels
 class Onlooker:
     """Reads samples of one scan again and looks at them through its detector."""
 
-    def __init__(self, run: Run, side: int) -> None:
+    def __init__(self, run: Run, side: int = 128) -> None:
         """side: of thumbnails, in pixels. Raises CheckpointError when detector or encoder are not those of the scan."""
         self.run, self.side = run, side
         self.detector: Detector = load_detector(run.detector)
@@ -123,10 +144,23 @@ class Onlooker:
         """The encoder's input (3, S, S) in [0, 1] of those that can be read."""
         found = []
         for row in rows:
-            for batch, _ in self._batches(row.shard, {row.index: row}):
-                usable = [image for image in batch if image.sha256 == row.sha256 and image.pixels is not None]
+            for batch in self._batches(row.shard, {row.index: row}):
+                usable = [image for image, _ in batch if image.sha256 == row.sha256 and image.pixels is not None]
                 found += list(self.scorer.embed(usable)[0].cpu()) if usable else []
         return found
+
+    def originals(self, stem: str, rows: Sequence[SampleRow]) -> Iterator[Original]:
+        """Of one shard, which is read once, in its order; without those whose image cannot be decoded or is not the one that was
+        scored. Raises ShardError when the shard is gone or is not the one that was scanned."""
+        wanted = {row.index: row for row in rows}
+        for batch in self._batches(stem, wanted):
+            usable = [pair for pair in batch if _is_scored(pair[0], wanted)]
+            if not usable:
+                continue
+            embeddings = self.scorer.embed([image for image, _ in usable])[1].float().cpu().numpy()
+            for (image, stored), embedding in zip(usable, embeddings, strict=True):
+                row, ending = wanted[image.index].row, file_ending(stored.data)
+                yield Original(row, stored.data, ending, embedding, stored.label, image.caption)
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) in [0, 1] → (B, D) on the CPU, BATCH at a time."""
@@ -144,11 +178,10 @@ class Onlooker:
         found: dict[int, Found],
         missing: dict[int, str],
     ) -> None:
-        for batch, labels in self._batches(stem, wanted):
-            usable = [
-                image for image in batch if image.pixels is not None and image.sha256 == wanted[image.index].sha256
-            ]
-            for image in batch:
+        for batch in self._batches(stem, wanted):
+            usable = [image for image, _ in batch if _is_scored(image, wanted)]
+            labels = {image.index: stored.label for image, stored in batch}
+            for image, _ in batch:
                 if image.pixels is not None and image.sha256 != wanted[image.index].sha256:
                     missing[wanted[image.index].row] = "its image is not the one that was scored: the shard changed"
             if not usable:
@@ -163,28 +196,28 @@ class Onlooker:
                 picture = Picture(
                     image=thumbnail(image.pixels, self.side),
                     reconstruction=thumbnail_of_unit(made[number], self.side),
-                    label=labels.get(image.index, ""),
+                    label=labels[image.index],
                     caption=image.caption,
                 )
                 embedding = embeddings[number].cpu().numpy()
                 found[wanted[image.index].row] = (embedding, small[number].clone(), picture)
 
-    def _batches(self, stem: str, wanted: dict[int, SampleRow]) -> Iterator[tuple[list[DecodedImage], dict[int, str]]]:
+    def _batches(self, stem: str, wanted: dict[int, SampleRow]) -> Iterator[list[tuple[DecodedImage, _Stored]]]:
         shard = self.run.shard(stem)
         if not storage.exists(shard.url):
             raise ShardError(
-                f"{shard.url}: is gone, so its samples cannot be shown. Restore it, then run `sanitize audit` again."
+                f"{shard.url}: is gone, so its samples cannot be shown. Restore it, then run the same command again."
             )
         if head_tail_sha256(shard) != self.run.shards[stem].head_tail_sha256:
             raise ShardError(f"{shard.url}: is not the shard that was scanned, so its samples are not shown.")
-        labels: dict[int, str] = {}  # filled by the reading thread before the image is given
+        stored: dict[int, _Stored] = {}  # filled by the reading thread before the image is given
         with open_shard(shard) as file:
-            samples = self._samples(file, shard, wanted, labels)
+            samples = self._samples(file, shard, wanted, stored)
             for batch in image_batches(samples, BATCH, threads=2):
-                yield batch, labels
+                yield [(image, stored.pop(image.index)) for image in batch]
 
     def _samples(
-        self, file: IO[bytes], shard: Shard, wanted: dict[int, SampleRow], labels: dict[int, str]
+        self, file: IO[bytes], shard: Shard, wanted: dict[int, SampleRow], stored: dict[int, _Stored]
     ) -> Iterator[Sample]:
         """Those that are wanted, with image, caption and label; others cost the reading of their headers."""
         reader = ShardReader(file, shard, with_images=False, image_member=self.run.image_member)
@@ -196,8 +229,9 @@ class Onlooker:
             member = reader.image_of(sample)
             if member is not None:
                 caption = self._caption_of(reader, sample)
-                labels[sample.index] = _label_of(reader, sample)
-                yield replace(sample, image=reader.content(member), caption=caption)
+                label, data = _label_of(reader, sample), reader.content(member)
+                stored[sample.index] = _Stored(data, label)
+                yield replace(sample, image=data, caption=caption)
             if not left:
                 return
 
@@ -207,6 +241,11 @@ class Onlooker:
         if member is None or member.size > MAX_CAPTION_BYTES:
             return ""
         return printable(caption_text(reader.content(member), name)[0])
+
+
+def _is_scored(image: DecodedImage, wanted: dict[int, SampleRow]) -> bool:
+    """Whether it can be decoded and is the one that was scored."""
+    return image.pixels is not None and image.sha256 == wanted[image.index].sha256
 
 
 def _label_of(reader: ShardReader, sample: Sample) -> str:

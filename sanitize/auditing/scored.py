@@ -41,6 +41,11 @@ class ScoredSamples:
     def __len__(self) -> int:
         return len(self.scores)
 
+    @property
+    def split(self) -> Mask:
+        """(N,) bool: of shards that pass 2 has split, so that there are decisions on them."""
+        return np.repeat([marker.clean is not None for marker in self.markers], np.diff(self.starts))
+
     def place(self, row: int) -> tuple[ShardMarker, int]:
         """Shard and index of a row."""
         shard = int(np.searchsorted(self.starts, row, side="right")) - 1

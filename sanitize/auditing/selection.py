@@ -44,6 +44,17 @@ def select(scored: ScoredSamples, most: int, seed: int = 0) -> Selection:
     return Selection(flagged, np.concatenate([above, below]), _drawn(scored, kept, len(flagged), seed))
 
 
+def removed_and_kept(scored: ScoredSamples, most: int, near: int, drawn: int, seed: int) -> Rows:
+    """Of a scan with decisions: removed ones, highest score first and unscored last, `most` of them; the `near` kept ones with the
+    highest scores; and `drawn` of the other kept ones by the seed."""
+    assert scored.removed is not None
+    removed = np.flatnonzero(scored.removed & scored.split)
+    kept = np.flatnonzero(~scored.removed & np.isfinite(scored.scores))
+    kept = kept[_highest(scored, kept)]
+    others = np.random.default_rng(seed).permutation(np.sort(kept[near:]))[:drawn]
+    return np.concatenate([removed[_highest(scored, removed)][:most], kept[:near], np.sort(others)])
+
+
 def _flagged(scored: ScoredSamples) -> Rows:
     """Those that were removed; where nothing is decided, the highest scores."""
     if scored.removed is not None:

@@ -7,6 +7,7 @@ import numpy as np
 from sanitize.artifacts.scan_folder import Summary
 from sanitize.auditing.scored import SampleRow, ScoredSamples
 from sanitize.metrics import Detection
+from sanitize.stages.reasons import Explanation
 from sanitize.stages.score_table import STATISTICS
 from sanitize.stages.shards import printable
 
@@ -45,6 +46,22 @@ def audit_text(
     return "\n".join(lines)
 
 
+def _told(row: SampleRow, told: Explanation | None) -> list[str]:
+    """How far below the cut a kept sample is, what most of its score comes from, and the share of each statistic in it."""
+    lines = []
+    if row.score is not None and row.threshold is not None and not row.removed and row.score <= row.threshold < np.inf:
+        lines.append(f"  kept: below the cut by {row.threshold - row.score:.4g}")
+    if told is None:
+        return lines
+    if not row.removed:
+        lines.append(f"  most of its score: {shown(told.words[0], 600)}")
+    shares = {name: float(values[0]) for name, values in told.contributions.items() if np.isfinite(values[0])}
+    ordered = sorted(shares.items(), key=lambda share: -share[1])
+    if ordered:
+        lines.append("  shares in it: " + ", ".join(f"{name} {share:.3g}" for name, share in ordered))
+    return lines
+
+
 def _scores(out: str, scored: ScoredSamples, summary: Summary | None) -> list[str]:
     finite = scored.scores[np.isfinite(scored.scores)]
     lines = [f"{out}: {len(scored)} samples, {len(finite)} with a score"]
@@ -79,8 +96,9 @@ def _quality(quality: Detection | None, at_threshold: dict[str, float] | None) -
     return lines
 
 
-def why_text(row: SampleRow) -> str:
-    """Why one sample was kept or removed: its decision, and every column it has, with what the column means."""
+def why_text(row: SampleRow, told: Explanation | None = None) -> str:
+    """Why one sample was kept or removed: its decision, and every column it has, with what the column means. told: of this sample
+    alone, None = not known."""
     decision = "not decided" if row.removed is None else "removed" if row.removed else "kept"
     lines = [
         f"{shown(row.shard)} {shown(row.key)}: {decision}",
@@ -91,6 +109,7 @@ def why_text(row: SampleRow) -> str:
     if row.score is not None:
         cut = "" if row.threshold is None else f", the cut is {row.threshold:.4g}"
         lines.append(f"  score that decides: {row.score:.4g}{cut}")
+        lines += _told(row, told)
     width = max(map(len, row.statistics), default=0)
     lines += [f"  {name:{width}s} {value:10.4g}  {STATISTICS[name]}" for name, value in row.statistics.items()]
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from sanitize.auditing.report import report_html
 from sanitize.auditing.report_data import Findings
 from sanitize.auditing.scored import (
     Mask,
+    SampleRow,
     ScoredSamples,
     poisoned_of,
     read_scored,
@@ -24,10 +25,13 @@ from sanitize.auditing.scored import (
 from sanitize.auditing.selection import Selection, select
 from sanitize.auditing.text import audit_text, why_text
 from sanitize.config_loading import to_mapping
+from sanitize.deciding import Scanned, rule_again
 from sanitize.errors import ConfigError, RefusedError, SanitizeError, check
 from sanitize.metrics import Detection, detection
 from sanitize.paths import AnyPath, path_text
+from sanitize.stages import score_table
 from sanitize.stages.campaigns import SINGLE, Groups
+from sanitize.stages.reasons import Explanation
 from sanitize.stages.score_table import Floats
 
 log = logging.getLogger(__name__)
@@ -114,12 +118,27 @@ def audit(out: AnyPath, truth: AnyPath = "", top: int = MOST_SHOWN) -> AuditResu
 
 
 def why(out: AnyPath, key: str) -> str:
-    """Everything a scan knows of the samples with this key, for the terminal."""
+    """Everything a scan knows of the samples with this key, for the terminal; of kept ones as well what speaks against them."""
     folder = ScanFolder(path_text(out, "out"))
     run, summary = folder.run(), folder.summary()
     scored = read_scored(folder, run, summary)
     rows = sample_rows(folder, scored, rows_with_key(folder, scored, key))
-    return "\n".join(why_text(row) for row in rows)
+    told = _told(folder, summary, [row for row in rows if row.score is not None])
+    return "\n".join(why_text(row, told.get(row.row)) for row in rows)
+
+
+def _told(folder: ScanFolder, summary: Summary | None, rows: Sequence[SampleRow]) -> dict[int, Explanation]:
+    """By row: its score as the rule explains it that decided; nothing where that cannot be found again."""
+    if summary is None or not rows:
+        return {}
+    try:
+        scans = [Scanned.of(path, ignore_reviews=True) for path in (folder.path, *summary.together)]
+        rule = rule_again(scans, summary)
+    except SanitizeError as error:
+        log.warning("the shares of each statistic are not known: %s", error)
+        return {}
+    tables = {shard: score_table.read(folder.scores(shard), rule.columns) for shard in {row.shard for row in rows}}
+    return {row.row: rule.explain(tables[row.shard].slice(row.index, 1)) for row in rows}
 
 
 def require_current(out: AnyPath) -> str:

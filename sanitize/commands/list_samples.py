@@ -18,21 +18,13 @@ from sanitize.artifacts.scan_folder import Run, ScanFolder, ShardMarker
 from sanitize.errors import ConfigError, RefusedError, ShardError, check
 from sanitize.hashing import HashingWriter
 from sanitize.paths import AnyPath, path_text
-from sanitize.stages.reasons import CONTRIBUTIONS
+from sanitize.stages.decision_table import FLAT, flat
 
 SCHEMA = pa.schema(
     [
         ("source", pa.string()),  # null where the shards were not packed by us
         ("row", pa.int64()),
-        ("shard", pa.string()),
-        ("key", pa.string()),
-        ("index", pa.int64()),
-        ("keep", pa.bool_()),
-        ("reason", pa.string()),
-        ("score", pa.float32()),
-        ("threshold", pa.float32()),
-        ("p_value", pa.float32()),  # of the score; this and what follows: of samples that the score would remove
-        *((f"contribution_{name}", pa.float32()) for name in CONTRIBUTIONS),  # share of each statistic in the score
+        *FLAT,
     ]
 )
 ENDINGS = (".parquet", ".csv", ".txt")
@@ -119,15 +111,7 @@ def _shard_table(folder: ScanFolder, marker: ShardMarker, url: str, packed: str)
             raise ShardError(f"{marker.shard}: has no originals in {packed}. Name the folder it was packed into.")
         empty = (pa.nulls(len(keys), kind) for kind in (pa.string(), pa.int64()))
         found = pa.table(dict(zip(("source", "row"), empty, strict=True)))
-    flat = decisions.flatten()
-    flat = flat.rename_columns([_renamed(name) for name in flat.column_names])
-    columns = {name: (found if name in found.column_names else flat).column(name) for name in SCHEMA.names}
-    return pa.table(columns, schema=SCHEMA)
-
-
-def _renamed(name: str) -> str:
-    """Of a field of a struct: CSV has none."""
-    return "p_value" if name == "p_values.score" else name.replace("contributions.", "contribution_")
+    return pa.table([*found.columns, *flat(decisions).columns], schema=SCHEMA)
 
 
 def _wanted(table: pa.Table, only: str) -> pa.ChunkedArray:

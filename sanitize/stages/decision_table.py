@@ -36,6 +36,13 @@ _FIRST_FORMAT = pa.schema(
 CONTRIBUTION = pa.struct([(name, pa.float32()) for name in CONTRIBUTIONS])  # share in the score, all together 1
 P_VALUE = pa.struct([(name, pa.float32()) for name in P_VALUES])  # against clean held-out images
 SCHEMA = _FIRST_FORMAT.append(pa.field("contributions", CONTRIBUTION)).append(pa.field("p_values", P_VALUE))
+FLAT = pa.schema(  # without structs, for CSV and other tools
+    [
+        *_FIRST_FORMAT,
+        ("p_value", pa.float32()),  # of the score; this and what follows: of samples that have `contributions`
+        *((f"contribution_{name}", pa.float32()) for name in CONTRIBUTIONS),  # share of each statistic in the score
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,10 @@ class Rule:
         columns["threshold"] = pa.array(np.full(len(keep), self.threshold, np.float32))
         columns |= _explained(told, chosen, len(keep))
         return pa.table(columns, schema=SCHEMA)
+
+    def explain(self, table: pa.Table) -> Explanation:
+        """Why score rows that have a score have it, removed or not."""
+        return self._reasons_for(table).explain(table, self.adapter.scores(table))
 
     def _reasons_for(self, table: pa.Table) -> Reasons:
         """A score table of an earlier version may lack what they need."""
@@ -145,6 +156,16 @@ class Decisions:
         keep = table.column("keep").to_numpy(zero_copy_only=False).astype(bool)
         scores = table.column("score").to_numpy(zero_copy_only=False).astype(np.float32)
         return cls(keep, table.column("key").to_pylist(), scores)
+
+
+def flat(table: pa.Table) -> pa.Table:
+    """Rows of SCHEMA → rows of FLAT."""
+    parts = table.flatten()
+    names = [
+        "p_value" if name == "p_values.score" else name.replace("contributions.", "contribution_")
+        for name in parts.column_names
+    ]
+    return parts.rename_columns(names).select(FLAT.names).cast(FLAT)
 
 
 def write_decisions(path: str, table: pa.Table) -> HashingWriter:

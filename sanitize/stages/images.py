@@ -19,6 +19,7 @@ from sanitize.records import DecodedImage, Sample
 
 DECODE_PATH = "pillow-rgb8/1"
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # of files; the others are named as their format
 MAX_PIXELS = 1 << 26  # 64 megapixels, 200 MB as RGB
 MAX_SCANS = 100  # of a progressive JPEG; cameras and encoders write about ten, and each costs a pass over all pixels
 FLOAT_PIXELS = 1 << 24  # that are float32 at one time, but for a single image that has more
@@ -57,6 +58,13 @@ def decode_image(
     except Exception as error:  # Pillow raises a dozen kinds on hostile bytes; all mean the same here
         return None, width, height, f"{type(error).__name__}: {error}"[:200]
     return torch.from_numpy(pixels).permute(2, 0, 1), width, height, ""
+
+
+def file_ending(data: bytes) -> str:
+    """Of an image that `decode_image` can decode, by what it is, whatever it was called."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        kind = image.format or ""
+    return ENDINGS.get(kind, kind.lower())
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -6,6 +6,7 @@ The others have one statistic. Only samples that are removed, or that a person d
 """
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -28,6 +29,7 @@ STATISTICS = score_table.STATISTICS_COLUMNS
 CONTRIBUTIONS = (*STATISTICS, RECONSTRUCTION, *KINDS, AGREEMENT)  # fields of the column `contributions`
 P_VALUES = ("score", *KINDS, AGREEMENT)  # fields of the column `p_values`
 MAIN = 0.7  # of what speaks against a sample, that the words must name
+P_VALUE_TEXT = r" \(p [^)]*\)"  # regular expression: of what words say of one sample alone
 PLAIN = "score above threshold"  # where nothing is known of the score
 Doubles = NDArray[np.float64]
 
@@ -233,6 +235,11 @@ def _sentence(directions: Sequence[int]) -> str:
 
 def _listed(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def without_p_values(words: str) -> str:
+    """What is said of a sample, as it is said of others like it."""
+    return re.sub(P_VALUE_TEXT, "", words)
 
 
 def _with_p(words: Sequence[str], p: Doubles) -> list[str]:
