@@ -336,8 +336,7 @@ def main(config: str, markdown_page: str) -> None:
         rows = run(settings)
         if settings.section:
             if markdown_page:
-                table = benchmark_page.undetected if settings.undetected else benchmark_page.summary
-                page.replace(markdown_page, settings.section, table(rows, rows[0]["aux"]))
+                page.replace(markdown_page, settings.section, benchmark_page.summary(rows, rows[0]["aux"]))
             return
         page.write_csv(settings.table.replace(".csv", "_by_class.csv"), by_class(settings))
         page.write_csv(settings.table.replace(".csv", "_clean_scans.csv"), clean_scans(settings))
