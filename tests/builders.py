@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from sanitize.artifacts.scan_profile import PROFILE
 from sanitize.attacks import tiny_clip
+from sanitize.attacks.backdoor import Step, unit
 from sanitize.attacks.triggers import _TO_YUV, _pattern
 from sanitize.config import EncoderSpec, FitConfig, ThresholdPolicy, TrainingConfig
 from sanitize.config_models import DecoderConfig
@@ -308,3 +309,19 @@ def _write_changed(folder: Path, change: Callable[[np.ndarray, int], np.ndarray]
         members = [(f"s{i:06d}.png", encoded(image.clip(0, 255).astype(np.uint8))) for i, image in images.items()]
         write_tar(folder / f"part-{number:04d}.tar", members)
     return folder
+
+
+# ---------------------------------------------------------------- attacks
+
+
+def random_step(batch=4, references=3, copies=2, size=5, seed=0):
+    """Raw, non-negative embeddings, as after a ReLU."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.rand(*shape, size, generator=generator) + 0.05
+
+    return Step(
+        *(draw(batch), draw(batch), draw(references), draw(references, copies)),
+        *(unit(draw(batch)), unit(draw(references)), draw(batch).norm(dim=1), draw(4, 2 * batch)),
+    )

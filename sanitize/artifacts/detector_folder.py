@@ -39,7 +39,7 @@ from sanitize.stages.prediction import Predictor
 from sanitize.stages.scoring import References, Scorer, Witnesses
 from sanitize.stages.text import TextEncoder
 
-FORMAT_VERSION = 5  # 5: perturbations at the scale of pixels
+FORMAT_VERSION = 4
 DESCRIPTION, WEIGHTS, CALIBRATION = "detector.json", "decoder.safetensors", "calibration.parquet"
 # names on disk of this format version → ours
 _REFERENCE_TENSORS = {"clean.centre": "centre", "clean.precision": "precision", "clean.bank": "clean_embeddings"}

@@ -7,8 +7,7 @@ looks like; an encoder without a backdoor treats a trigger as any other content,
 Its ancestor is TeCo (Liu et al., CVPR 2023, arXiv 2303.18191): the spread, over kinds of corruption, of the severity at which a
 classifier's hard label changes. Here an encoder has no labels, so the change of the embedding is measured, at one strength.
 
-All act at the scale of pixels, whatever the size. The same share of a larger image would be another image to an encoder of 224 pixels:
-blurred over 7 of them, or seen at 16 x 16 places, it moved by 0.60 and 0.70, as far as to another photograph (docs/default_score.md).
+Sizes are shares of the image, not pixels: fine changes of a large image were tried, and tell less (docs/default_score.md).
 """
 
 import math
@@ -23,21 +22,22 @@ FLOOR = 1e-4  # of a cosine change: below it lies the rounding of bf16 encoders
 
 
 def blur(images: Tensor) -> Tensor:
-    """Binomial 3 x 3 filter.
+    """Binomial 3 x 3 filter of a 32-pixel image, the same share of the image for larger ones.
 
     (1, 2, 1) / 4 along rows, then columns: shifted copies, 15 times faster here than a convolution of three channels.
     """
-    for dim, padding in ((-1, (1, 1, 0, 0)), (-2, (0, 0, 1, 1))):
+    step = max(images.shape[-1] // 32, 1)
+    for dim, padding in ((-1, (step, step, 0, 0)), (-2, (0, 0, step, step))):
         padded = functional.pad(images, padding, mode="replicate")
-        before, here, after = (padded.narrow(dim, offset, images.shape[dim]) for offset in range(3))
+        before, here, after = (padded.narrow(dim, offset, images.shape[dim]) for offset in (0, step, 2 * step))
         images = (before + after).mul_(0.25).add_(here, alpha=0.5)
     return images
 
 
 def coarse(images: Tensor) -> Tensor:
-    """Seen at half the resolution: averaged over cells, then bilinear."""
+    """Seen at half of 32 x 32 places: averaged over cells, then bilinear."""
     side = images.shape[-1]
-    small = functional.adaptive_avg_pool2d(images, max(side // 2, 1))
+    small = functional.adaptive_avg_pool2d(images, max(min(side, 32) // 2, 1))
     return functional.interpolate(small, (side, side), mode="bilinear", align_corners=False)
 
 
@@ -50,10 +50,11 @@ def turn(images: Tensor, degrees: float = 8.0) -> Tensor:
 
 
 def noise(images: Tensor) -> Tensor:
-    """Plus one fixed draw of Gaussian noise, standard deviation 8 / 255."""
+    """Plus one fixed draw of Gaussian noise, standard deviation 8 / 255, at 32 x 32 places (fewer in smaller images)."""
     side = images.shape[-1]
-    drawn = np.random.default_rng(0).normal(0, 8 / 255, (1, 3, max(side, 32), max(side, 32))).astype(np.float32)
-    return (images + torch.from_numpy(drawn)[..., :side, :side].to(images.device)).clamp(0, 1)
+    drawn = np.random.default_rng(0).normal(0, 8 / 255, (1, 3, 32, 32)).astype(np.float32)
+    pattern = torch.from_numpy(drawn).to(images.device)[..., : min(side, 32), : min(side, 32)]
+    return (images + functional.interpolate(pattern, (side, side), mode="nearest")).clamp(0, 1)
 
 
 # (B, 3, S, S) float32 in [0, 1] → the same; each costs one pass of the encoder. Making the image grey would do as well, but
