@@ -190,7 +190,7 @@ def test_every_attack_has_a_cpu_and_a_gpu_preset(path):
         (
             "badencoder",
             {"attack": "badnet"},
-            "attack: 'badnet' is not one of badencoder, drupe, ctrl, adaptive, clip_text, badclip",
+            "attack: 'badnet' is not one of badencoder, drupe, ctrl, adaptive, evade, clip_text, badclip, photos",
         ),
         ("badencoder", {"drupe": {"epochs": 3}}, "needs the block `badencoder` and no other attack's"),
         ("badencoder", {"trigger": {"name": "star"}}, "trigger star: not known. Use one of patch"),
