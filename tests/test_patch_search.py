@@ -51,6 +51,7 @@ def score(encoder, images, seed=0, **settings):
 
 
 def test_the_search_finds_the_planted_patch_and_the_classifier_every_image_that_holds_it(scan, caplog):
+    caplog.set_level("INFO")
     images, truth = scan
     with caplog.at_level(logging.INFO):
         assert auroc(score(PatchedEncoder(), images), truth) > 0.95
