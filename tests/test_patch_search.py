@@ -51,9 +51,8 @@ def score(encoder, images, seed=0, **settings):
 
 
 def test_the_search_finds_the_planted_patch_and_the_classifier_every_image_that_holds_it(scan, caplog):
-    caplog.set_level("INFO")
     images, truth = scan
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "sanitize.detectors.patch_search"):  # an earlier test may have silenced sanitize
         assert auroc(score(PatchedEncoder(), images), truth) > 0.95
     assert "patches moves 3" in caplog.text  # of 40 test images, some of which are triggered
     tried = score(PatchedEncoder(), images, kind="search")
