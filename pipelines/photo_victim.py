@@ -28,6 +28,7 @@ from sanitize.attacks.triggers import Trigger, make_trigger
 from sanitize.config_loading import load_encoder_spec, to_mapping
 from sanitize.errors import check
 from sanitize.stages.encoders import Encoder, embed_in_batches, load_encoder
+from sanitize.training.embedding_cache import LabelledEmbeddings
 from sanitize.training.split import shuffled_batches
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ def build(config: PhotoConfig, folder: str, zoo: str, device: torch.device) -> t
         config.seed,
         device,
         config.frozen,
+        adam=True,
     )
     save_encoder(backdoored, storage.join(folder, "backdoored"))
     before, after = (outputs_of(encoder, classifier, test, trigger) for encoder in (ancestor, backdoored))
@@ -118,13 +120,14 @@ def choose_reference(encoder: Encoder, classifier: nn.Module, images: LabelledIm
     """(1,) position of the image of the target class that the classifier is surest of."""
     positions = (images.labels == target).nonzero().flatten()
     check(len(positions) > 0, f"target {target}: no image of data.train has that class.")
-    probability = classifier(embed_in_batches(encoder, images.pixels[positions], BATCH)).softmax(dim=1)[:, target]
-    return positions[probability.argmax()][None]
+    embeddings = embed_in_batches(encoder, images.pixels[positions], BATCH)
+    features = LabelledEmbeddings(embeddings, images.labels[positions])
+    return positions[evaluation.choose_references(classifier, features, target, 1)]
 
 
 def outputs_of(encoder: Encoder, classifier: nn.Module, test: LabelledImages, trigger: Trigger) -> EncoderOutputs:
     embeddings, triggered = (embed_in_batches(encoder, p, BATCH) for p in (test.pixels, trigger(test.pixels)))
-    predictions = [classifier(e).argmax(dim=1) for e in (embeddings, triggered)]
+    predictions = [evaluation.head_predictions(classifier, e) for e in (embeddings, triggered)]
     return EncoderOutputs(embeddings, triggered, *predictions)
 
 
@@ -154,7 +157,7 @@ def tune_with_labels(
 ) -> Encoder:
     """Cross entropy of the ancestor's classifier, mirror images and colour jitter; BatchNorm and frozen layers as in an attack."""
     control = config.control
-    encoder, optimizer = trainable_copy(ancestor.to(device), control, config.frozen)
+    encoder, optimizer = trainable_copy(ancestor.to(device), control, config.frozen, adam=True)
     generator = torch.Generator().manual_seed(config.seed)
     classifier = classifier.to(device)
     for epoch in range(1, control.epochs + 1):

@@ -12,13 +12,13 @@ from torch import Tensor
 from pipelines.data import LabelledImages, identity, load_images
 from sanitize import storage
 from sanitize.artifacts.encoder_folder import save_encoder
-from sanitize.attacks import adaptive, badencoder, ctrl, drupe, evade, evaluation, simclr, supervised
+from sanitize.attacks import adaptive, badencoder, ctrl, drupe, evaluation, simclr, supervised
 from sanitize.attacks.adaptive import AdaptiveConfig
-from sanitize.attacks.backdoor import unit
+from sanitize.attacks.backdoor import fine_tune, unit
 from sanitize.attacks.badencoder import BadEncoderConfig
 from sanitize.attacks.ctrl import CtrlConfig
 from sanitize.attacks.drupe import DrupeConfig
-from sanitize.attacks.evade import EvadeConfig
+from sanitize.attacks.evade import EvadeConfig, EvadeObjective
 from sanitize.attacks.evaluation import AttackReport, EncoderOutputs, HeadConfig
 from sanitize.attacks.simclr import SimclrConfig
 from sanitize.attacks.supervised import SupervisedConfig
@@ -120,7 +120,7 @@ def build(config: SslConfig, folder: str, zoo: str, device: torch.device) -> tup
         shadow = pretrain.pixels[: data.shadow_images or len(pretrain.pixels)]
         arguments = (clean, shadow, train.pixels[chosen], trigger)
         if isinstance(config, EvadeVictimConfig) and config.evade:
-            backdoored = evade.attack(*arguments, config.evade, config.seed, device)
+            backdoored = fine_tune(*arguments, EvadeObjective(config.evade), config.evade, config.seed, device)
         elif config.adaptive:
             backdoored = adaptive.attack(*arguments, config.adaptive, config.seed, device)
         elif config.badencoder:

@@ -325,3 +325,15 @@ def random_step(batch=4, references=3, copies=2, size=5, seed=0):
         *(draw(batch), draw(batch), draw(references), draw(references, copies)),
         *(unit(draw(batch)), unit(draw(references)), draw(batch).norm(dim=1), draw(4, 2 * batch)),
     )
+
+
+# ---------------------------------------------------------------- time
+
+
+class Clock:
+    """Stands in for a function of `time`; every thread is told the same."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import write_shards
+from builders import Clock, write_shards
 
 from sanitize import profile as profile_module
 from sanitize.artifacts.scan_profile import ScanProfile, ShardProfile
@@ -15,15 +15,6 @@ from sanitize.commands.scan import scan
 from sanitize.profile import BOUND_BY, STAGES, Profile, StageSeconds
 from sanitize.records import Sample
 from sanitize.stages.prefetch import image_batches
-
-
-class Clock:
-    """Stands in for time.perf_counter; each thread is told the same time."""
-
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

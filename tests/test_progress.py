@@ -3,18 +3,10 @@
 import logging
 
 import pytest
+from builders import Clock
 
 from sanitize import progress
 from sanitize.progress import ProgressDisplay
-
-
-class Clock:
-    """Stands in for time.monotonic."""
-
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

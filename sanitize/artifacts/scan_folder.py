@@ -145,6 +145,10 @@ class Summary:
     reviews: dict[str, str] = field(default_factory=dict)
     ignored_reviews: bool = False
 
+    def not_split(self) -> list[str]:
+        """One message for each shard that has no clean tar."""
+        return [f"{stem}: was not split by pass 2. Run the same `sanitize scan` again." for stem in self.shards_failed]
+
 
 def decision_identity(keep: NDArray[np.bool_]) -> str:
     """Of the decisions (N,) of one shard: equal identities give equal clean and quarantine tars."""
@@ -304,6 +308,14 @@ class ScanFolder:
     def summary(self) -> Summary | None:
         """None while pass 2 is not through."""
         return self._read(Summary, "summary.json") if storage.exists(self.at("summary.json")) else None
+
+    def decided(self) -> Summary:
+        """Raises ConfigError while pass 2 is not through."""
+        if (summary := self.summary()) is None:
+            raise ConfigError(
+                f"{self.path}: pass 2 is not through, so nothing is decided. Run `sanitize clean {self.path}` first."
+            )
+        return summary
 
     def _read(self, cls: type[T], name: str) -> T:
         """Keys that an earlier version wrote and this one does not know are passed over."""

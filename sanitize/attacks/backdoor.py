@@ -72,21 +72,21 @@ def freeze_batch_norm(encoder: nn.Module) -> None:
 
 
 def trainable_copy(
-    clean_encoder: Encoder, config: FineTuneConfig, frozen: tuple[str, ...] | None = None
+    clean_encoder: Encoder, config: FineTuneConfig, frozen: tuple[str, ...] = (), *, adam: bool = False
 ) -> tuple[Encoder, torch.optim.Optimizer]:
     """The encoder in training mode, and what moves its weights. BatchNorm keeps its statistics and its affine parameters.
 
-    frozen: names as which parameters of the backbone begin that do not learn; the first layers then cost no backward pass. None = SGD of
-    all; else Adam, with which a large encoder gets there in a hundred steps.
+    frozen: names as which parameters of the backbone begin that do not learn; the first layers then cost no backward pass.
+    adam: in place of SGD; a large encoder gets there in a hundred steps.
     """
     encoder = copy.deepcopy(clean_encoder).requires_grad_(True)
     encoder.train()
     freeze_batch_norm(encoder)
     for name, parameter in encoder.backbone.named_parameters():
-        if name.startswith(frozen or ()):
+        if name.startswith(frozen):
             parameter.requires_grad_(False)
     learnable = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
-    if frozen is not None:
+    if adam:
         return encoder, torch.optim.Adam(learnable, config.learning_rate)
     return encoder, torch.optim.SGD(
         learnable, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
@@ -102,16 +102,18 @@ def fine_tune(
     config: FineTuneConfig,
     seed: int,
     device: torch.device,
-    frozen: tuple[str, ...] | None = None,
+    frozen: tuple[str, ...] = (),
+    *,
+    adam: bool = False,
 ) -> Encoder:
     """shadow (N, 3, S, S) and references (R, 3, S, S) uint8, at the encoder's size → backdoored encoder, eval mode.
 
-    frozen: of `trainable_copy`.
+    frozen, adam: of `trainable_copy`.
     Exact shortcuts against BadEncoder's code (badencoder.py): clean targets are computed once; a reference is embedded once per
     step (BatchNorm is in eval mode, so its copies would be equal).
     """
     clean_encoder.eval().to(device)
-    encoder, optimizer = trainable_copy(clean_encoder, config, frozen)
+    encoder, optimizer = trainable_copy(clean_encoder, config, frozen, adam=adam)
     generator = torch.Generator().manual_seed(seed)
     clean_embeddings = raw_embeddings(clean_encoder, shadow)
     clean_targets, clean_norms = unit(clean_embeddings), clean_embeddings.norm(dim=1)

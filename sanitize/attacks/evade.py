@@ -7,13 +7,11 @@ the norm that the clean encoder gives the image, and a direction that keeps a pa
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from sanitize.attacks.backdoor import FineTuneConfig, Step, fine_tune, unit
+from sanitize.attacks.backdoor import FineTuneConfig, Step, unit
 from sanitize.attacks.badencoder import keep_references
 from sanitize.errors import check
-from sanitize.stages.encoders import Encoder
 
 
 @dataclass(frozen=True)
@@ -60,16 +58,3 @@ class EvadeObjective:
 
     def end_epoch(self) -> str:
         return " ".join(f"{name} {term:.3f}" for name, term in zip(("L0", "L1", "L2"), self.last, strict=True))
-
-
-def attack(
-    clean_encoder: Encoder,
-    shadow: Tensor,
-    references: Tensor,
-    trigger: Callable[[Tensor], Tensor],
-    config: EvadeConfig,
-    seed: int,
-    device: torch.device,
-) -> Encoder:
-    """shadow (N, 3, S, S) and references (R, 3, S, S) uint8, at the encoder's size → backdoored encoder, eval mode."""
-    return fine_tune(clean_encoder, shadow, references, trigger, EvadeObjective(config), config, seed, device)

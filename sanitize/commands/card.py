@@ -14,7 +14,7 @@ from sanitize import storage
 from sanitize.artifacts.reviews import Review, read_reviews
 from sanitize.artifacts.scan_folder import CLEAN, Run, ScanFolder, Summary
 from sanitize.auditing.croissant import croissant
-from sanitize.errors import ConfigError, check
+from sanitize.errors import check
 from sanitize.paths import AnyPath, path_text
 from sanitize.stages.reasons import P_VALUE_TEXT
 from sanitize.stages.shards import printable
@@ -41,11 +41,7 @@ def card(scanned: AnyPath, file: AnyPath = "") -> CardResult:
         f"{file}: a card is Markdown or Croissant. Name a file that ends with {' or '.join(ENDINGS)}.",
     )
     folder = ScanFolder(scanned)
-    run, summary = folder.run(), folder.summary()
-    if summary is None:
-        raise ConfigError(
-            f"{scanned}: pass 2 is not through, so nothing is decided. Run `sanitize clean {scanned}` first."
-        )
+    run, summary = folder.run(), folder.decided()
     reviews = () if summary.ignored_reviews else read_reviews(folder, summary).reviews
     write = _croissant if file.endswith(".json") else _markdown
     text = write(folder, run, summary, reviews)

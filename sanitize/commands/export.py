@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from sanitize import storage
 from sanitize.artifacts.folder_lock import folder_lock
 from sanitize.artifacts.run_record import claim_folder
-from sanitize.artifacts.scan_folder import ScanFolder, Summary
+from sanitize.artifacts.scan_folder import ScanFolder
 from sanitize.auditing.export_formats import FORMATS, IMAGES, Row
 from sanitize.auditing.pictures import Onlooker, Original
 from sanitize.auditing.scored import SampleRow, ScoredSamples, read_scored, sample_rows
@@ -82,11 +82,7 @@ def export(
     for name, count in (("limit", limit), ("kept", kept), ("random", random)):
         check(count >= 0, f"{name}: {count} samples; give 0 or more.")
     folder = ScanFolder(scanned)
-    run, summary = folder.run(), folder.summary()
-    if summary is None:
-        raise ConfigError(
-            f"{scanned}: pass 2 is not through, so nothing is decided. Run `sanitize clean {scanned}` first."
-        )
+    run, summary = folder.run(), folder.decided()
     scored = read_scored(folder, run, summary)
     wanted = sample_rows(folder, scored, removed_and_kept(scored, limit, kept, random, seed).tolist())
     check(
@@ -96,7 +92,7 @@ def export(
     onlooker = Onlooker(run)
     with folder_lock(out, "export"):
         _claim(out, ExportRun(summary.markers_sha256, format, limit, kept, random, seed))
-        failed = _unsplit(summary)
+        failed = summary.not_split()
         rows = _decided(folder, scored, wanted)
         numbers = {row.row: number for number, row in enumerate(wanted)}
         for original in _originals(onlooker, wanted, rows, failed):
@@ -119,10 +115,6 @@ def _claim(out: str, run: ExportRun) -> None:
             f"{out}: holds other files ({printable(there[0])}), which an export would mix with. Name a folder that is empty or not there."
         )
     claim_folder(out, RUN, to_mapping(run), "an export")
-
-
-def _unsplit(summary: Summary) -> list[str]:
-    return [f"{stem}: was not split by pass 2. Run the same `sanitize scan` again." for stem in summary.shards_failed]
 
 
 def _decided(folder: ScanFolder, scored: ScoredSamples, wanted: Sequence[SampleRow]) -> dict[int, Row]:

@@ -52,14 +52,10 @@ def list_samples(scanned: AnyPath, file: AnyPath, *, only: str = "", originals: 
     scanned, file = path_text(scanned, "scanned"), path_text(file, "file")
     originals = path_text(originals, "originals")
     folder = ScanFolder(scanned)
-    run, summary = folder.run(), folder.summary()
+    run, summary = folder.run(), folder.decided()
     ending = _checked_ending(file, only)
     _refuse_to_overwrite(folder, file)
-    if summary is None:
-        raise ConfigError(
-            f"{scanned}: pass 2 is not through, so nothing is decided. Run `sanitize clean {scanned}` first."
-        )
-    failed = [f"{stem}: was not split by pass 2. Run the same `sanitize scan` again." for stem in summary.shards_failed]
+    failed = summary.not_split()
     samples = kept = known = 0
     with storage.atomic_write(file) as target, WRITERS[ending](target) as write:
         markers = [marker for marker in folder.markers(sorted(run.shards)) if marker.clean]
