@@ -6,6 +6,7 @@ from typing import Any
 from sanitize.config import perturbed_share
 from sanitize.detectors import check_detector
 from sanitize.errors import check
+from sanitize.stages.evidence import KINDS
 from sanitize.stages.score_table import STATISTICS
 from sanitize.stages.scoring import SCORERS
 
@@ -45,8 +46,8 @@ class Only:
 class DetectorConfig:
     """A scorer of the product (`scorer`), or a baseline of sanitize/detectors (`detector`).
 
-    Of a scorer: effort as in a scan; column: the statistic that is measured; adapt, agreement: as pass 2 does, to every pool; preset and
-    fit: settings of FitConfig.
+    Of a scorer: effort as in a scan; column: the statistic that is measured; adapt, agreement: as pass 2 does, to every pool; kinds: of
+    evidence that are combined, instead of all (thorough); preset and fit: settings of FitConfig.
     Of a baseline: settings: its own; other: red-team YAML whose clean encoder is its independent encoder; each_pool: it judges
     images by each other, so every pool is scored by itself; fit_on_pool: it is fitted on the pool instead of the auxiliary set.
     """
@@ -56,6 +57,7 @@ class DetectorConfig:
     column: str = "score"
     adapt: bool = False
     agreement: bool = False
+    kinds: tuple[str, ...] = ()
     preset: str = "default"
     fit: dict[str, Any] = field(default_factory=dict)
     detector: str = ""
@@ -69,13 +71,15 @@ class DetectorConfig:
         check(bool(self.scorer) != bool(self.detector), "give either `scorer` or `detector`, not both.")
         if self.detector:
             check_detector(self.detector, self.settings | ({"other": None} if self.other else {}))
-            idle = [n for n in ("adapt", "agreement", "fit") if getattr(self, n)] + ["effort"] * (
+            idle = [n for n in ("adapt", "agreement", "kinds", "fit") if getattr(self, n)] + ["effort"] * (
                 self.effort != "thorough"
             )
         else:
             check(self.scorer in SCORERS, f"scorer: {self.scorer!r} is not one of {', '.join(SCORERS)}.")
             check(self.column in STATISTICS, f"column: {self.column!r} is not one of {', '.join(STATISTICS)}.")
             perturbed_share(self.effort)
+            known = self.scorer == "evidence" and self.effort == "thorough" and set(self.kinds) <= set(KINDS)
+            check(not self.kinds or known, f"kinds: of the scorer evidence, thorough, some of {', '.join(KINDS)}.")
             idle = [n for n in ("settings", "other", "each_pool", "fit_on_pool") if getattr(self, n)]
         kind = "baseline" if self.detector else "scorer"
         check(not idle, f"{', '.join(idle)}: means nothing for the {kind} {self.detector or self.scorer}. Remove it.")

@@ -129,8 +129,11 @@ def score_victim(
         )
 
 
+DECIDING = ("only", "adapt", "agreement", "kinds")  # settings that scores of images do not depend on
+
+
 def _key(config: BenchmarkConfig, settings: DetectorConfig, pool_rate: float) -> str:
-    values = {name: value for name, value in to_mapping(settings).items() if name not in ("only", "adapt", "agreement")}
+    values = {name: value for name, value in to_mapping(settings).items() if name not in DECIDING}
     return storage.json_sha256([values, pool_rate, config.fit, config.auxiliary_images, config.test_images])[:8]
 
 
@@ -205,18 +208,23 @@ def decided(detector: Detector, settings: DetectorConfig, found: DetectorScores)
 
 def _decided_by_evidence(detector: Detector, settings: DetectorConfig, found: DetectorScores) -> tuple[Floats, Floats]:
     assert detector.clean_reference
-    scores, calibration = found.clean, detector.calibration(settings.effort)
+    evidence, scores, null = detector.combination(), found.clean, detector.calibration_scores(settings.effort)
+    values = values_of(detector.clean_reference, found.statistics, found.energy)
+    if settings.kinds:
+        evidence = evidence.only(settings.kinds)
+        scores, null = evidence.score(values), evidence.score(detector.evidence)
+    calibration = np.sort(null)
     if settings.adapt:
-        values = values_of(detector.clean_reference, found.statistics, found.energy)
-        moved = trusted_evidence(detector.combination(), values, scores, calibration)
+        moved = trusted_evidence(evidence, values, scores, calibration)
         scores = moved.score(values) if moved else scores
     if not settings.agreement:
         return scores, calibration
     departures = Departures(found.residuals, found.hashes)
     test = agreement_test(NONE.joined(departures).longest(POOL), detector.departures, AGREEMENT)
-    null = test.combined(detector.calibration_scores(settings.effort), detector.departures)
-    test = trusted_agreement(test, departures) if settings.adapt else test
-    return test.combined(scores, departures), np.sort(null)
+    trusted = trusted_agreement(test, departures) if settings.adapt else test
+    if not trusted:
+        return scores, calibration
+    return trusted.combined(scores, departures), np.sort(test.combined(null, detector.departures))
 
 
 # ---------------------------------------------------------------- files of sanitize/detectors

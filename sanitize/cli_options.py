@@ -99,10 +99,9 @@ def policy_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="scorers reaction, evidence: adapt to the bulk of this scan [default: adapt]",
         ),
         click.option(
-            "--agreement",
-            is_flag=True,
+            "--agreement/--no-agreement",
             default=None,
-            help="calibrated, fdr: also judge samples by how they agree with each other",
+            help="scorer evidence: judge samples also by how they agree with each other [default: where they are like the auxiliary set]",
         ),
         click.option(
             "--keep-unscored", is_flag=True, default=None, help="Keep samples without a score (undecodable, no image)"

@@ -161,7 +161,8 @@ class ThresholdPolicy:
     threshold: float = 0.0  # absolute: remove scores above it
     mad: float = 6.0  # robust: remove scores above median + mad * (scaled median absolute deviation)
     adapt: bool = True  # calibrated, fdr: measure the distance from the bulk of this scan; of `reaction`, thorough
-    agreement: bool = False  # calibrated, fdr: also judge samples by each other (stages/agreement.py); of `evidence`
+    # calibrated, fdr: also judge samples by each other (stages/agreement.py); of `evidence`. None = adapted, where a scan is like the auxiliary set
+    agreement: bool | None = None
     keep_unscored: bool = False
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from sanitize.errors import ConfigError, RefusedError, SanitizeError
 from sanitize.records import Word
 from sanitize.stages import thresholds
 from sanitize.stages.adaptation import AdaptedScores, ScoreAdapter, score_adapter
-from sanitize.stages.agreement import Departures
+from sanitize.stages.agreement import AgreementTest, Departures
 from sanitize.stages.decision_table import Rule
 from sanitize.stages.evidence_adaptation import (
     AdaptedEvidence,
@@ -137,16 +137,19 @@ def _adapter(
         adapter = evidence_adapter(samples, detector.clean_reference, detector.combination(), calibration)
     elif policy.adapt:
         adapter = score_adapter(samples, detector.adaptable_reference(run.effort), calibration)
-    if not policy.agreement:
+    by_itself = policy.adapt and len(detector.departures) > 0
+    if not (by_itself if policy.agreement is None else policy.agreement):
         return adapter, calibration
     departures = _departures(detector, run)
-    test = agreement_test_of(samples, departures)
-    if test is None or detector.clean_reference is None:
+    fitted = agreement_test_of(samples, departures)
+    if fitted is None or detector.clean_reference is None:
         return adapter, calibration
-    null = test.combined(detector.calibration_scores(run.effort), departures)
+    test: AgreementTest | None = fitted
     if policy.adapt:
-        test = adapted_agreement(samples, detector.clean_reference, test)
-    return AgreementScores(test, adapter), np.sort(null)
+        test = adapted_agreement(samples, detector.clean_reference, fitted, forced=policy.agreement is not None)
+    if test is None:
+        return adapter, calibration
+    return AgreementScores(test, adapter), np.sort(fitted.combined(detector.calibration_scores(run.effort), departures))
 
 
 def _refuse_to_remove_most(results: Sequence[CleanResult], force: bool) -> None:

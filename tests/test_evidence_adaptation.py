@@ -103,12 +103,26 @@ def departures_of(count, seed, offset=0.0):
 
 def test_what_all_of_a_scan_share_is_no_agreement_of_some():
     clean_images, other = departures_of(800, 0), departures_of(1500, 1, offset=1.5)
-    test = trusted_agreement(agreement_test(other, clean_images, 0.5), other)
+    test = trusted_agreement(agreement_test(other, clean_images, 0.5), other, forced=True)
     assert (agreement(other, test.pool) > fit_tail(agreement(clean_images, test.pool)).quantile(0.01)).mean() > 0.9
     assert (agreement(other, test.pool) > test.tail.quantile(0.01)).mean() < 0.03
 
 
-@pytest.mark.parametrize("scan", [departures_of(1500, 1), departures_of(MIN_SAMPLES - 1, 1, offset=1.5)])
-def test_agreement_stays_where_no_fewer_or_too_few_would_tell(scan):
+@pytest.mark.parametrize("scan", [departures_of(1500, 1, offset=1.5), departures_of(MIN_SAMPLES - 1, 1)])
+def test_images_are_not_judged_by_each_other_unasked_when_the_scan_is_of_another_kind_or_small(scan):
+    test = agreement_test(scan, departures_of(800, 0), 0.5)
+    assert trusted_agreement(test, scan) is None
+    assert trusted_agreement(test, scan, forced=True) is not None
+
+
+def test_a_campaign_is_no_reason_not_to_judge_images_by_each_other():
+    scan = departures_of(1500, 1).joined(departures_of(75, 2, offset=2.0))
+    test = trusted_agreement(agreement_test(scan, departures_of(800, 0), 0.5), scan)
+    assert test is not None
+    assert (agreement(scan, test.pool) > test.tail.quantile(0.01))[-75:].mean() > 0.95
+
+
+def test_agreement_stays_as_fitted_where_no_fewer_would_stand_out():
+    scan = departures_of(1500, 1)
     test = agreement_test(scan, departures_of(800, 0), 0.5)
     assert trusted_agreement(test, scan) is test

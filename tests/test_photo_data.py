@@ -26,12 +26,15 @@ def published(tmp_path_factory):
 
 def test_the_encoder_and_the_classifier_give_what_the_published_model_gives(published, tmp_path):
     model, checkpoint = published
-    encoder_yaml, classifier = photo_data.write_encoder(checkpoint, tmp_path)
-    encoder = load_encoder(load_encoder_spec(encoder_yaml))
+    weights, classifier = tmp_path / "out" / "encoder.safetensors", tmp_path / "classifier.safetensors"
+    safetensors.torch.save_file(photo_data.write_encoder(photo_data.ARCHITECTURE, checkpoint, weights), classifier)
+    encoder = load_encoder(load_encoder_spec(str(weights.with_suffix(".yaml"))))
     images = torch.rand(2, 3, 224, 224)
     expected = model((255 * images - 127) / 128)
-    torch.testing.assert_close(photo_data.load_classifier(classifier)(encoder(images)), expected, atol=1e-4, rtol=1e-4)
-    assert set(safetensors.torch.load_file(tmp_path / "encoder.safetensors")).isdisjoint(photo_data.CLASSIFIER)
+    torch.testing.assert_close(
+        photo_data.load_classifier(str(classifier))(encoder(images)), expected, atol=1e-4, rtol=1e-4
+    )
+    assert set(safetensors.torch.load_file(weights)).isdisjoint(photo_data.CLASSIFIER)
 
 
 def test_photographs_are_copied_byte_for_byte_with_a_class(tmp_path):

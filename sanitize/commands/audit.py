@@ -31,6 +31,7 @@ from sanitize.metrics import Detection, detection
 from sanitize.paths import AnyPath, path_text
 from sanitize.stages import score_table
 from sanitize.stages.campaigns import SINGLE, Groups
+from sanitize.stages.decision_table import Rule
 from sanitize.stages.reasons import Explanation
 from sanitize.stages.score_table import Floats
 
@@ -132,13 +133,16 @@ def _told(folder: ScanFolder, summary: Summary | None, rows: Sequence[SampleRow]
     if summary is None or not rows:
         return {}
     try:
-        scans = [Scanned.of(path, ignore_reviews=True) for path in (folder.path, *summary.together)]
-        rule = rule_again(scans, summary)
+        rule = _rule(folder, summary)
     except SanitizeError as error:
         log.warning("the shares of each statistic are not known: %s", error)
         return {}
     tables = {shard: score_table.read(folder.scores(shard), rule.columns) for shard in {row.shard for row in rows}}
     return {row.row: rule.explain(tables[row.shard].slice(row.index, 1)) for row in rows}
+
+
+def _rule(folder: ScanFolder, summary: Summary) -> Rule:
+    return rule_again([Scanned.of(path, ignore_reviews=True) for path in (folder.path, *summary.together)], summary)
 
 
 def require_current(out: AnyPath) -> str:
@@ -206,7 +210,7 @@ def _look(out: str, folder: ScanFolder, run: Run, summary: Summary | None, score
         kept=kept,
         groups=groups,
         campaigns=campaigns,
-        calibration=_calibration(run, summary, notices),
+        calibration=_calibration(folder, run, summary, notices),
         notices=notices,
     )
 
@@ -235,13 +239,13 @@ def _left_out(scored: ScoredSamples, selection: Selection, top: int) -> list[str
     return [f"{flagged - top:,} removed samples with lower scores are not in this page; --top shows more."]
 
 
-def _calibration(run: Run, summary: Summary | None, notices: list[str]) -> Floats | None:
-    """Sorted scores of clean images; None where scores that decided are on another scale, or the detector is gone."""
-    if summary and summary.policy.agreement:
-        return None
+def _calibration(folder: ScanFolder, run: Run, summary: Summary | None, notices: list[str]) -> Floats | None:
+    """Sorted scores of clean images, those that decided; None where the detector is gone, or the rule cannot be found again."""
     try:
         detector = load_detector(run.detector)
+        if detector.fingerprint != run.detector_fingerprint:
+            return None
+        return _rule(folder, summary).reasons.calibration if summary else detector.calibration(run.effort)
     except SanitizeError as error:
         notices.append(f"Without a comparison with clean images: {error}")
         return None
-    return detector.calibration(run.effort) if detector.fingerprint == run.detector_fingerprint else None

@@ -19,7 +19,7 @@ RESIDUALS, IMAGE_HASH = "residuals", "image_hash"  # columns of vectors in score
 STEP = 1 / 8  # of a quantised residual; a clean image's coordinates have deviation 1
 NEIGHBOURS = 8
 ALIKE = 8  # bits; of two unrelated photographs 32 differ on average
-POOL = 50_000  # residuals that every sample is compared with: 2.5 MB that go to every worker
+POOL = 10_000  # residuals that every sample is compared with: half a megabyte that goes to every worker
 BLOCK = 256
 
 Bytes = NDArray[np.int8]

@@ -4,7 +4,7 @@ The rule is the weighted harmonic mean p-value (Wilson, PNAS 2019): valid, up to
 fitted on attacks. One strong witness is enough, and no witness can clear what another accuses.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,13 @@ class Evidence:
             p = tail.p_values(values[kind]) if kind in values else np.ones(count)
             total += self.weights[kind] / np.where(np.isnan(p), 1.0, p)
         return np.log10(total).astype(np.float32)
+
+    def only(self, kinds: Collection[str]) -> "Evidence":
+        """Some of the kinds, with the weights that they have to each other."""
+        kept = {kind: weight for kind, weight in self.weights.items() if kind in kinds}
+        return Evidence(
+            {kind: self.tails[kind] for kind in kept}, {kind: w / sum(kept.values()) for kind, w in kept.items()}
+        )
 
 
 def weights_for(explained: float | None) -> dict[str, float]:

@@ -134,19 +134,34 @@ def agreement_test_of(samples: Mapping[str, int], clean: Departures) -> Agreemen
     return agreement_test(pool, clean, AGREEMENT) if len(pool) > NEIGHBOURS else None
 
 
-def adapted_agreement(samples: Mapping[str, int], reference: CleanReference, test: AgreementTest) -> AgreementTest:
-    """`test` by the bulk of a scan where that can be trusted."""
+def adapted_agreement(
+    samples: Mapping[str, int], reference: CleanReference, test: AgreementTest, *, forced: bool
+) -> AgreementTest | None:
+    """`test` by the bulk of a scan where that can be trusted. None: see `trusted_agreement`; never when forced."""
     drawn, _ = score_table.departures(_drawn_rows(samples, reference, tuple(VECTORS)))
-    return trusted_agreement(test, drawn)
+    return trusted_agreement(test, drawn, forced=forced)
 
 
-def trusted_agreement(test: AgreementTest, drawn: Departures) -> AgreementTest:
-    """`test` moved to the bulk of images of a scan, each once; as it is where fewer would not stand out, or too many still would."""
+def trusted_agreement(test: AgreementTest, drawn: Departures, *, forced: bool = False) -> AgreementTest | None:
+    """`test` moved to the bulk of images of a scan, each once; as it is where fewer would not stand out, or too many still would.
+
+    None, unless forced: when too few images tell, or that bulk agrees more than clean images do. A predictor errs in the same direction for
+    whole groups of images of a kind that it was not trained on, and their agreement says nothing.
+    """
+    if len(drawn) < MIN_SAMPLES:
+        log.info("%d different scored images are few to judge by each other, %d are needed", len(drawn), MIN_SAMPLES)
+        return test if forced else None
     found = agreement(drawn, test.pool)
-    moved = test.tail.moved_to(found) if len(found) >= MIN_SAMPLES else test.tail
+    moved = test.tail.moved_to(found)
     before, after = (float((found > tail.quantile(NOMINAL)).mean()) for tail in (test.tail, moved))
     if after >= before or after > MAX_FLAGGED:
         return test
+    if before - after > NOMINAL and not forced:
+        log.info(
+            "not judged by each other: images of this scan agree more than auxiliary ones, %.2f %% of them",
+            100 * before,
+        )
+        return None
     log.info("agreement adapted to the scan: %.2f %% of it agree, %.2f %% before", 100 * after, 100 * before)
     return replace(test, tail=moved)
 
