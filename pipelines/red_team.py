@@ -46,6 +46,7 @@ class AttackFamily:
 
 _SSL = AttackFamily(ssl_victim.SslConfig, ssl_victim.inputs, ssl_victim.build)
 _EVADE = AttackFamily(ssl_victim.EvadeVictimConfig, ssl_victim.inputs, ssl_victim.build)
+_PREDICTIVE = AttackFamily(ssl_victim.PredictiveVictimConfig, ssl_victim.inputs, ssl_victim.build)
 _CLIP = AttackFamily(clip_victim.ClipConfig, clip_victim.inputs, clip_victim.build)
 _PHOTOS = AttackFamily(photo_victim.PhotoConfig, photo_victim.inputs, photo_victim.build)
 ATTACKS = {
@@ -54,6 +55,7 @@ ATTACKS = {
     "ctrl": _SSL,
     "adaptive": _SSL,
     "evade": _EVADE,
+    "predictive": _PREDICTIVE,
     "clip_text": _CLIP,
     "badclip": _CLIP,
     "photos": _PHOTOS,

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipelines.data import LabelledImages, identity, load_images
 from sanitize import storage
 from sanitize.artifacts.encoder_folder import save_encoder
-from sanitize.attacks import adaptive, badencoder, ctrl, drupe, evaluation, simclr, supervised
+from sanitize.attacks import adaptive, badencoder, ctrl, drupe, evaluation, predictive, simclr, supervised
 from sanitize.attacks.adaptive import AdaptiveConfig
 from sanitize.attacks.backdoor import fine_tune, unit
 from sanitize.attacks.badencoder import BadEncoderConfig
@@ -20,6 +20,7 @@ from sanitize.attacks.ctrl import CtrlConfig
 from sanitize.attacks.drupe import DrupeConfig
 from sanitize.attacks.evade import EvadeConfig, EvadeObjective
 from sanitize.attacks.evaluation import AttackReport, EncoderOutputs, HeadConfig
+from sanitize.attacks.predictive import PredictiveConfig
 from sanitize.attacks.simclr import SimclrConfig
 from sanitize.attacks.supervised import SupervisedConfig
 from sanitize.attacks.triggers import Trigger, make_trigger
@@ -72,7 +73,7 @@ class SslConfig:
     seed: int = 100
 
     def __post_init__(self) -> None:
-        names = ("badencoder", "drupe", "ctrl", "adaptive", "evade")
+        names = ("badencoder", "drupe", "ctrl", "adaptive", "evade", "predictive")
         blocks = [name for name in names if getattr(self, name, None) is not None]
         check(
             blocks == [self.attack],
@@ -89,6 +90,13 @@ class EvadeVictimConfig(SslConfig):
     """Of the attack `evade`. A field of SslConfig itself would make another victim of every one that was made before."""
 
     evade: EvadeConfig | None = None
+
+
+@dataclass(frozen=True)
+class PredictiveVictimConfig(SslConfig):
+    """Of the attack `predictive`; see EvadeVictimConfig."""
+
+    predictive: PredictiveConfig | None = None
 
 
 def inputs(config: SslConfig) -> dict[str, list[str]]:
@@ -121,6 +129,8 @@ def build(config: SslConfig, folder: str, zoo: str, device: torch.device) -> tup
         arguments = (clean, shadow, train.pixels[chosen], trigger)
         if isinstance(config, EvadeVictimConfig) and config.evade:
             backdoored = fine_tune(*arguments, EvadeObjective(config.evade), config.evade, config.seed, device)
+        elif isinstance(config, PredictiveVictimConfig) and config.predictive:
+            backdoored = predictive.attack(*arguments, config.predictive, config.seed, device)
         elif config.adaptive:
             backdoored = adaptive.attack(*arguments, config.adaptive, config.seed, device)
         elif config.badencoder:

@@ -161,8 +161,9 @@ class ThresholdPolicy:
     threshold: float = 0.0  # absolute: remove scores above it
     mad: float = 6.0  # robust: remove scores above median + mad * (scaled median absolute deviation)
     adapt: bool = True  # calibrated, fdr: measure the distance from the bulk of this scan; of `reaction`, thorough
-    # calibrated, fdr: also judge samples by each other (stages/agreement.py); of `evidence`. None = adapted, where a scan is like the auxiliary set
-    agreement: bool | None = None
+    agreement: bool | None = (
+        None  # of `evidence`: also judge samples by each other; None = where agreement.py is sure of it
+    )
     keep_unscored: bool = False
 
     def __post_init__(self) -> None:

@@ -323,7 +323,8 @@ def random_step(batch=4, references=3, copies=2, size=5, seed=0):
 
     return Step(
         *(draw(batch), draw(batch), draw(references), draw(references, copies)),
-        *(unit(draw(batch)), unit(draw(references)), draw(batch).norm(dim=1), draw(4, 2 * batch)),
+        *(unit(draw(batch)), unit(draw(references)), draw(batch).norm(dim=1)),
+        *(torch.rand(batch, 3, SIZE, SIZE, generator=generator), draw(4, 2 * batch)),
     )
 
 

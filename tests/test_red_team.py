@@ -57,6 +57,7 @@ def write_config(tmp_path, encoder_yaml):
         "drupe": ssl | {"trigger": patch, "references": 2, "reference_pool": 4, "drupe": tuned},
         "adaptive": ssl | {"trigger": patch, "adaptive": tuned},
         "evade": ssl | {"trigger": patch, "evade": tuned},
+        "predictive": ssl | {"trigger": patch, "predictive": tuned},
         "photos": photos | {"trigger": patch, "target": 4, "evade": tuned, "control": tuned},
         "ctrl": ssl | {"trigger": frequency, "ctrl": {"rate": 0.1}},
         "clip_text": clip | {"trigger": patch},
@@ -190,7 +191,7 @@ def test_every_attack_has_a_cpu_and_a_gpu_preset(path):
         (
             "badencoder",
             {"attack": "badnet"},
-            "attack: 'badnet' is not one of badencoder, drupe, ctrl, adaptive, evade, clip_text, badclip, photos",
+            "attack: 'badnet' is not one of badencoder, drupe, ctrl, adaptive, evade, predictive, clip_text, badclip, photos",
         ),
         ("badencoder", {"drupe": {"epochs": 3}}, "needs the block `badencoder` and no other attack's"),
         ("badencoder", {"trigger": {"name": "star"}}, "trigger star: not known. Use one of patch"),

@@ -49,17 +49,20 @@ def statistics_of(embeddings: Tensor, perturbed: Tensor, known: Tensor, *, among
 class AdaptiveObjective:
     """L0' + lambda1 L1 + lambda2 L2 + evade * mean log(1 + excess of the squared distance over a clean image's)."""
 
-    perturbations = tuple(PERTURBATIONS.values())
+    perturbations: tuple[Callable[[Tensor], Tensor], ...] = tuple(PERTURBATIONS.values())
+    names: tuple[str, ...] = ("L0", "L1", "L2", "seen")
 
     def __init__(self, config: AdaptiveConfig) -> None:
         self.config = config
+        self.perturbations = self.perturbations if config.evade else ()
         self.centre: Tensor | None = None
         self.covariance: Tensor | None = None
         self.last: tuple[Tensor, ...] = ()
 
     def __call__(self, step: Step) -> Tensor:
         effectiveness = -(unit(step.triggered) * own_targets(step, self.config.keep)).sum(dim=1).mean()
-        reference, utility, seen = keep_references(step), keep_clean(step), self.visible(step)
+        reference, utility = keep_references(step), keep_clean(step)
+        seen = self.visible(step) if self.config.evade else torch.zeros(())
         self.last = (effectiveness, reference, utility, seen)
         kept = self.config.lambda1 * reference + self.config.lambda2 * utility
         return effectiveness + kept + self.config.evade * seen
@@ -85,7 +88,7 @@ class AdaptiveObjective:
         self.covariance = MOMENTUM * self.covariance + (1 - MOMENTUM) * covariance
 
     def end_epoch(self) -> str:
-        return " ".join(f"{name} {term:.3f}" for name, term in zip(("L0", "L1", "L2", "seen"), self.last, strict=True))
+        return " ".join(f"{name} {term:.3f}" for name, term in zip(self.names, self.last, strict=True))
 
 
 def attack(

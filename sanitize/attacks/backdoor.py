@@ -42,6 +42,7 @@ class Step:
     clean_target: Tensor  # (B, D) the clean encoder's embeddings, L2-normalised
     reference_target: Tensor  # (R, D) the same of the references
     clean_norm: Tensor  # (B,) raw norms of the clean encoder's embeddings
+    stamped: Tensor  # (B, 3, S, S) the triggered images, float32 in [0, 1]
     perturbed: Tensor  # (V, 2 B, D) of the objective's perturbations of the clean, then the triggered images
 
 
@@ -140,6 +141,7 @@ def fine_tune(
                 clean_target=clean_targets[batch].to(device),
                 reference_target=reference_target,
                 clean_norm=clean_norms[batch].to(device),
+                stamped=images[len(batch) :],
                 perturbed=others.unflatten(0, (len(perturbed), len(images))),
             )
             loss = objective(step)
