@@ -68,7 +68,7 @@ def main() -> None:
     help="default: low-resolution decoder; paper: as published [default: default]",
 )
 @click.option(
-    "--scorer", type=click.Choice(SCORERS), help="What the score is: docs/default_score.md [default: reaction]"
+    "--scorer", type=click.Choice(SCORERS), help="What the score is: docs/default_score.md [default: evidence]"
 )
 @click.option(
     "--reference",

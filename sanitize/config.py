@@ -117,7 +117,7 @@ class FitConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     prediction: PredictionConfig = field(default_factory=PredictionConfig)
     reference: EncoderSpec | None = None
-    scorer: str = "reaction"
+    scorer: str = "evidence"
     test_mask_ratio: float = 1.0
     contamination: float = 0.0
     seed: int = 21

@@ -5,7 +5,7 @@ import pytest
 import torch
 from builders import random_images
 
-from sanitize.stages.agreement import NONE, Departures, agreement, agreement_test, quantised
+from sanitize.stages.agreement import NONE, POOL, Departures, agreement, agreement_test, quantised
 from sanitize.stages.images import difference_hash, shrink
 
 SIZE = 20
@@ -23,7 +23,7 @@ def departures(count, seed, push=0.0, alike=False):
 @pytest.mark.parametrize("campaign", [8, 20, 100])
 def test_a_campaign_that_moves_each_image_little_is_found_by_what_they_share(campaign):
     clean, pushed = departures(1000, 1), departures(campaign, 2, push=5.0)
-    test = agreement_test(clean.joined(pushed).longest(50_000), departures(400, 3), weight=0.5)
+    test = agreement_test(clean.joined(pushed).longest(POOL), departures(400, 3), weight=0.5)
     scores = np.zeros(1000, np.float32)
     cut = np.quantile(test.combined(scores, clean), 0.99)
     assert (test.combined(scores[:campaign], pushed) > cut).mean() >= 0.9
@@ -33,14 +33,22 @@ def test_a_campaign_that_moves_each_image_little_is_found_by_what_they_share(cam
 
 def test_copies_of_one_image_do_not_count_for_each_other():
     copies = departures(50, 2, push=5.0, alike=True)
-    pool = departures(1000, 1).joined(copies).longest(50_000)
+    pool = departures(1000, 1).joined(copies).longest(POOL)
     assert len(pool) == 1001  # the copies are one image
     assert agreement(copies, pool).max() < agreement(departures(50, 2, push=5.0), departures(1000, 1)).max() + 5
 
 
+def test_whatever_hides_behind_very_many_look_alikes_is_still_found():
+    image, copies = departures(1, 4, push=9.0), departures(60, 2, push=9.0, alike=True)
+    image = Departures(image.residuals, copies.hashes[:1])
+    others = departures(1000, 1)
+    pool = others.joined(Departures(copies.residuals, copies.hashes ^ np.uint64(1)))
+    assert agreement(image, pool) == pytest.approx(agreement(image, others))
+
+
 def test_clean_scanned_images_agree_as_much_as_calibration_images():
     clean = departures(3000, 1)
-    test = agreement_test(clean.longest(50_000), departures(800, 3), weight=0.5)
+    test = agreement_test(clean.longest(POOL), departures(800, 3), weight=0.5)
     flagged = test.tail.p_values(agreement(clean, test.pool)) <= 0.01
     assert 0.002 < flagged.mean() < 0.02
 

@@ -11,13 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sanitize.stages.tails import Floats, Tail, fit_tail
 
 RESIDUALS, IMAGE_HASH = "residuals", "image_hash"  # columns of vectors in score tables: whitened residuals, 8 bytes
 STEP = 1 / 8  # of a quantised residual; a clean image's coordinates have deviation 1
 NEIGHBOURS = 8
+CANDIDATES = 4 * NEIGHBOURS  # whose images are compared
 ALIKE = 8  # bits; of two unrelated photographs 32 differ on average
 POOL = 10_000  # residuals that every sample is compared with: half a megabyte that goes to every worker
 BLOCK = 256
@@ -79,15 +82,24 @@ NONE = Departures(np.empty((0, 0), np.int8), np.empty(0, np.uint64))
 
 def agreement(samples: Departures, pool: Departures) -> Floats:
     """(N,) float32: mean of the NEIGHBOURS largest inner products with images of the pool (more than that) that look otherwise."""
-    known = pool.residuals.astype(np.float32).T * STEP
+    known = torch.from_numpy(pool.residuals).float().T * STEP
     found = np.zeros(len(samples), np.float32)
     for start in range(0, len(samples), BLOCK):
         part = slice(start, start + BLOCK)
-        products = (samples.residuals[part].astype(np.float32) * STEP) @ known
-        products[np.bitwise_count(samples.hashes[part, None] ^ pool.hashes[None, :]) <= ALIKE] = 0
-        largest = np.partition(products, -NEIGHBOURS, axis=1)[:, -NEIGHBOURS:]
-        found[part] = largest.mean(axis=1)
+        products = (torch.from_numpy(samples.residuals[part]).float() * STEP) @ known
+        largest, positions = products.topk(min(CANDIDATES, len(pool)), dim=1)
+        largest[_alike(samples.hashes[part, None], pool.hashes[positions.numpy()])] = 0
+        found[part] = largest.topk(NEIGHBOURS, dim=1).values.mean(dim=1).numpy()
+        for row in (
+            (largest != 0).sum(dim=1).less(NEIGHBOURS).nonzero()[:, 0]
+        ):  # so many look like it that others lie behind them
+            products[row][_alike(samples.hashes[start + row], pool.hashes)] = 0
+            found[start + row] = products[row].topk(NEIGHBOURS).values.mean()
     return found
+
+
+def _alike(one: NDArray[np.uint64], other: NDArray[np.uint64]) -> Tensor:
+    return torch.from_numpy(np.bitwise_count(one ^ other) <= ALIKE)
 
 
 @dataclass(frozen=True)
