@@ -217,7 +217,7 @@ def _decided_by_evidence(detector: Detector, settings: DetectorConfig, found: De
     if settings.adapt:
         moved = trusted_evidence(evidence, values, scores, calibration)
         scores = moved.score(values) if moved else scores
-    if not settings.agreement:
+    if not settings.agreement or not len(detector.departures):
         return scores, calibration
     departures = Departures(found.residuals, found.hashes)
     test = agreement_test(NONE.joined(departures).longest(POOL), detector.departures, AGREEMENT)

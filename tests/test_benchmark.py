@@ -11,7 +11,7 @@ import yaml
 from builders import shape_members, tiny_victim, write_tar
 from click.testing import CliRunner
 
-from pipelines import benchmark, benchmark_page, benchmark_scores, calibration_study
+from pipelines import benchmark, benchmark_page, benchmark_scores, calibration_study, uneven_scans
 from pipelines.benchmark import PoolScores, pool
 from pipelines.benchmark_config import BenchmarkConfig, DetectorConfig
 from sanitize import storage
@@ -183,6 +183,10 @@ WRONG = {
         "detector density: unknown setting 'neighbours'. It has: kind, k, unit",
     ),
     "idle setting": ({"detector": "norm", "effort": "fast"}, "effort: means nothing for the baseline norm. Remove it"),
+    "kinds of another scorer": (
+        {"scorer": "reaction", "kinds": ["prediction"]},
+        "kinds: of the scorer evidence, thorough, some of prediction, whereabouts, reaction",
+    ),
     "idle baseline setting": ({"scorer": "paper", "each_pool": True}, "each_pool: means nothing for the scorer paper"),
 }
 
@@ -225,3 +229,31 @@ def test_the_calibration_study_judges_clean_images_by_cuts_of_few_and_many_held_
     share = calibration_study.removed_share(detector, every, found.clean, values, 0.05)
     assert share == pytest.approx(float((found.clean > cut).mean()), abs=1 / len(found.clean))
     assert "| tiny | " in calibration_study.markdown(rows)
+
+
+# ---------------------------------------------------------------- honest groups
+
+
+def test_uneven_scans_tell_what_agreement_takes_of_them_and_of_their_groups(study):
+    victim = benchmark.load_victim(study, "tiny", study.victims["tiny"])
+    strangers = victim.test[:10].flip(-2)
+    rows = list(uneven_scans.measured(study, victim, "clean", strangers))
+    largest = int(victim.labels.bincount().max())
+    assert [(row["scan"], row["images"]) for row in rows[::2]] == [
+        ("even", 60),
+        ("5 copies of 40 images", 260),
+        ("half of one class", 2 * largest),
+        ("10 of another kind", 70),
+    ]
+    assert [row["agreement"] for row in rows] == [0, 1] * 4
+    assert all(0 <= row["removed"] <= 1 for row in rows)
+    assert [row["of_its_group"] for row in rows[:2]] == ["", ""]
+    assert uneven_scans.markdown(rows).count("| tiny, clean | ") == 8
+
+
+def test_a_copy_is_another_file_of_what_looks_the_same(study):
+    image = benchmark.load_victim(study, "tiny", study.victims["tiny"]).test[0]
+    copies = [uneven_scans.altered(image, np.random.default_rng(seed)) for seed in (0, 1)]
+    assert not np.array_equal(*copies)
+    for copy in copies:
+        assert 0 < (copy.float() - image.float()).abs().mean() < 25
