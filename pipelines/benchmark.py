@@ -35,6 +35,7 @@ from sanitize.stages.thresholds import threshold_for
 
 log = logging.getLogger(__name__)
 BALANCED = 0.5
+QUALITY = ("asr", "clean_accuracy", "backdoored_accuracy")  # of a victim
 
 
 def run(config: BenchmarkConfig) -> list[Row]:
@@ -63,10 +64,10 @@ def cases(config: BenchmarkConfig) -> Iterator[tuple[Victim, str, int]]:
 def load_victim(config: BenchmarkConfig, name: str, values: VictimConfig) -> Victim:
     """Make the victim when the zoo does not have it, load its test images and name its auxiliary shards."""
     if values.folder:
-        folder, (asr, clean_accuracy) = values.folder, imported_quality(values.folder)
+        folder, quality = values.folder, imported_quality(values.folder)
     else:
         folder, row = red_team.make(values.config, config.preset, config.zoo, settings=values.settings)
-        asr, clean_accuracy = row.asr, row.clean_accuracy
+        quality = {name: getattr(row, name) for name in QUALITY}
     settings = storage.read_json(storage.join(folder, "truth.json"))["config"]
     spec = load_encoder_spec(storage.join(folder, "backdoored", "encoder.yaml"))
     test = load_images((shards(config, values.test, "test"),), config.test_images, spec.image_size)
@@ -85,16 +86,15 @@ def load_victim(config: BenchmarkConfig, name: str, values: VictimConfig) -> Vic
         triggered=trigger(test.pixels[test.labels != target]),
         triggered_target=trigger(test.pixels[test.labels == target]),
         auxiliary=auxiliary,
-        asr=asr,
-        clean_accuracy=clean_accuracy,
+        **quality,
     )
 
 
-def imported_quality(folder: str) -> tuple[float, float]:
-    """Attack success and clean accuracy; NaN where they were not measured."""
+def imported_quality(folder: str) -> dict[str, float]:
+    """NaN where it was not measured."""
     path = storage.join(folder, "report.json")
     report = storage.read_json(path) if storage.exists(path) else {}
-    return report.get("asr", math.nan), report.get("clean_accuracy", math.nan)
+    return {name: report.get(name, math.nan) for name in QUALITY}
 
 
 def shards(config: BenchmarkConfig, pattern: str, part: str) -> str:
@@ -153,8 +153,7 @@ def measure(
                 "control_auroc": control,
                 "clean_flagged": float((scores[~truth] > cut).mean()) if cut is not None else "",
                 "triggered_flagged": float((scores[truth] > cut).mean()) if cut is not None else "",
-                "asr": victim.asr,
-                "clean_accuracy": victim.clean_accuracy,
+                **{name: getattr(victim, name) for name in QUALITY},
                 "passes": round(attacked.found.passes, 3),
                 "images_per_second": round(attacked.found.images_per_second),
                 "fit_seconds": round(attacked.found.fit_seconds, 1),
@@ -336,7 +335,8 @@ def main(config: str, markdown_page: str) -> None:
         rows = run(settings)
         if settings.section:
             if markdown_page:
-                page.replace(markdown_page, settings.section, benchmark_page.summary(rows, rows[0]["aux"]))
+                table = benchmark_page.undetected if settings.undetected else benchmark_page.summary
+                page.replace(markdown_page, settings.section, table(rows, rows[0]["aux"]))
             return
         page.write_csv(settings.table.replace(".csv", "_by_class.csv"), by_class(settings))
         page.write_csv(settings.table.replace(".csv", "_clean_scans.csv"), clean_scans(settings))

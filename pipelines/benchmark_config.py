@@ -97,7 +97,7 @@ class BenchmarkConfig:
     poisoned_auxiliary: share of triggered images in the extra auxiliary set "poisoned", made from the first; 0 = none
     seeds: of the fit, the calibration split and the draw of the pools
     curves: detectors whose ROC curves are plotted beside the default's
-    section: of a smaller study: the only part of the page that it writes
+    section: of a smaller study: the only part of the page that it writes; undetected: its table is `benchmark_page.undetected`
     """
 
     out: str
@@ -115,6 +115,7 @@ class BenchmarkConfig:
     fit: dict[str, Any] = field(default_factory=dict)
     curves: tuple[str, ...] = ()
     section: str = ""
+    undetected: bool = False
 
     def __post_init__(self) -> None:
         for name in (self.default, *self.curves):

@@ -52,6 +52,7 @@ class Victim:
     auxiliary: dict[str, str]  # name → shard pattern
     asr: float
     clean_accuracy: float
+    backdoored_accuracy: float
 
 
 @dataclass(frozen=True)
