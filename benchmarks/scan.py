@@ -1,19 +1,22 @@
 """Throughput of `sanitize scan` beside what the machine can do, measured in the same run.
 
-    python -m benchmarks.scan [--small 20000] [--large 2048]
+    python -m benchmarks.scan [--small 20000] [--large 2048] [--effort thorough]
     python -m benchmarks.scan --encoder null        what the data path alone can do: benchmarks/data_path.py
 
-decode only: read, hash and decode all shards on all cores. model only: encoder + decoder + score on images already in memory.
-bound: both share the cores, so 1 / (1/decode + 1/model). serial loop: read, decode, score, one after the other.
+decode only: read, hash and decode all shards on all cores. model only: encoder passes + decoder + score on images already in memory.
+bound: both share the cores, so 1 / (1/decode + 1/model). serial loop: read, decode, score, one after the other. published loop: the same
+with the decoder and the score of DeDe, one encoder pass, batches of 128, fp32, as its code does.
 scan: the command's function on Ray, start-up (wall time of a scan of 2 images) taken off and reported apart.
 """
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import click
+import numpy as np
 import safetensors.torch
 import torch
 
@@ -24,32 +27,38 @@ from sanitize import runtime, storage
 from sanitize.artifacts.detector_folder import load_detector, load_matching_encoder, make_scorer
 from sanitize.commands.fit import fit
 from sanitize.config import EncoderSpec, FitConfig, TrainingConfig
+from sanitize.config_loading import from_mapping
+from sanitize.presets import preset
 from sanitize.process import prepare, usable_cpus
 from sanitize.records import DecodedImage
 from sanitize.stages.encoders import build_backbone
 from sanitize.stages.images import decode_sample
+from sanitize.stages.perturbations import CHANGE_COLUMNS
 from sanitize.stages.precision import autocast
 from sanitize.stages.prefetch import image_batches
 from sanitize.stages.preprocessing import complete_spec
+from sanitize.stages.scoring import Scorer
 from sanitize.stages.shard_reader import ShardReader
 from sanitize.stages.shards import list_shards
 
 CIFAR = EncoderSpec("resnet18-cifar", image_size=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
 
 
-def detector_for(spec: EncoderSpec, name: str) -> Path:
+def detector_for(spec: EncoderSpec, name: str, preset_name: str = "default") -> Path:
     """A detector for an encoder with random weights: speed does not depend on their values."""
     folder, spec = OUT / name, complete_spec(spec)
-    if not (folder / "detector" / "detector.json").exists():
+    out = folder / ("detector" if preset_name == "default" else preset_name)
+    if not (out / "detector.json").exists():
         torch.manual_seed(0)
         folder.mkdir(parents=True, exist_ok=True)
         weights = folder / "encoder.safetensors"
         safetensors.torch.save_file({k: v.contiguous() for k, v in build_backbone(spec).state_dict().items()}, weights)
         auxiliary = write_shards(OUT / f"aux-{spec.image_size}", 512, spec.image_size, "JPEG", 1, seed=9)
         spec = EncoderSpec(**(spec.__dict__ | {"weights": str(weights)}))
-        training = TrainingConfig(epochs=1, calibration_fraction=0.5)
-        fit(FitConfig((str(auxiliary),), spec, str(folder / "detector"), training=training, workers=0))
-    return folder / "detector"
+        values = preset(preset_name) | {"training": TrainingConfig(epochs=1, calibration_fraction=0.5)}
+        values |= {"shards": [str(auxiliary)], "encoder": spec, "out": str(out), "workers": 0}
+        fit(from_mapping(FitConfig, values, "fit"))
+    return out
 
 
 def timed(function: Callable[[], int]) -> float:
@@ -78,9 +87,24 @@ def all_images(shards: Path, limit: int) -> list[DecodedImage]:
     return decoded
 
 
-def measure(title: str, shards: Path, detector: Path, count: int) -> None:
+def serial_loop(shards: Path, scorer: Scorer, batch_size: int) -> int:
+    done = 0
+    for shard in list_shards([str(shards)]):
+        with storage.open_read(shard.url) as file:
+            decoded = map(decode_sample, ShardReader(file, shard).samples())
+            while batch := list(itertools.islice(decoded, batch_size)):
+                done += len(scorer(batch)["score"])
+    return done
+
+
+def scorer_of(detector: Path, effort: str, precision: str = "auto") -> Scorer:
     loaded = load_detector(str(detector))
-    scorer = make_scorer(loaded, load_matching_encoder(loaded, None), "auto", torch.device("cpu"))
+    return make_scorer(loaded, load_matching_encoder(loaded, None), precision, torch.device("cpu"), effort=effort)
+
+
+def measure(title: str, shards: Path, spec: EncoderSpec, name: str, count: int, effort: str) -> None:
+    detector = detector_for(spec, name)
+    scorer = scorer_of(detector, effort)
     torch.set_num_threads(usable_cpus())
     decoded = all_images(shards, min(count, 4096))
     batches = [decoded[i : i + BATCH] for i in range(0, len(decoded), BATCH)]
@@ -91,33 +115,37 @@ def measure(title: str, shards: Path, detector: Path, count: int) -> None:
         with torch.inference_mode(), autocast(scorer.device, scorer.dtype):
             return sum(len(scorer.encoder(batch)) for batch in images)
 
-    def model_only() -> int:
-        return sum(len(scorer(batch)["score"]) for batch in batches)
+    passes: list[float] = []
 
-    def serial_loop() -> int:
-        done = 0
-        for shard in list_shards([str(shards)]):
-            with storage.open_read(shard.url) as file:
-                batch: list[DecodedImage] = []
-                for sample in ShardReader(file, shard).samples():
-                    batch.append(decode_sample(sample))
-                    if len(batch) == BATCH:
-                        done += len(scorer(batch)["score"])
-                        batch = []
-                done += len(scorer(batch)["score"]) if batch else 0
-        return done
+    def model_only() -> int:
+        for columns in map(scorer, batches):
+            perturbed = columns.get(CHANGE_COLUMNS[0])
+            passes.append(1 if perturbed is None else 1 + len(CHANGE_COLUMNS) * float(np.isfinite(perturbed).mean()))
+        return len(decoded)
 
     print(f"\n{title}: {count} images, {usable_cpus()} cores, {scorer.dtype}", flush=True)
     encoder_rate, decode_rate, model_rate = timed(encoder_only), timed(lambda: decode_only(shards)), timed(model_only)
     bound = 1 / (1 / decode_rate + 1 / model_rate)
-    serial = timed(serial_loop)
-    rows = [("encoder forward only", encoder_rate), ("model only", model_rate), ("decode only", decode_rate)]
-    for name, rate in [*rows, ("bound (decode and model share the cores)", bound), ("serial loop", serial)]:
-        print(f"  {name:42s} {rate:9.1f} images/s", flush=True)
+    serial = timed(lambda: serial_loop(shards, scorer, BATCH))
+    dede = scorer_of(detector_for(spec, name, "paper"), "thorough", "fp32")
+    published = timed(lambda: serial_loop(shards, dede, 128))
+    rows = [
+        ("encoder forward only", encoder_rate),
+        (f"model only, {np.mean(passes):.2f} passes", model_rate),
+        ("decode only", decode_rate),
+        ("bound (decode and model share the cores)", bound),
+        ("serial loop", serial),
+        ("published loop, fp32", published),
+    ]
+    for label, rate in rows:
+        print(f"  {label:42s} {rate:9.1f} images/s", flush=True)
     for workers in (0, 1, 2):
-        rate, startup, _ = scan_rate(shards, detector, workers, count)
+        rate, startup, _ = scan_rate(shards, detector, workers, count, effort)
+        shares = (
+            f"{rate / bound:.0%} of bound, {rate / encoder_rate:.0%} of the encoder, {rate / published:.2f} x published"
+        )
         print(
-            f"  {f'sanitize scan, {workers} workers':42s} {rate:9.1f} images/s = {rate / bound:.0%} of bound, start-up {startup:.1f} s",
+            f"  {f'sanitize scan, {workers} workers':42s} {rate:9.1f} images/s = {shares}, start-up {startup:.1f} s",
             flush=True,
         )
 
@@ -125,12 +153,15 @@ def measure(title: str, shards: Path, detector: Path, count: int) -> None:
 @click.command()
 @click.option("--small", default=20_000, show_default=True, help="32 px PNGs, ResNet-18 with 3x3 stem")
 @click.option("--large", default=2_048, show_default=True, help="224 px JPEGs, ResNet-18")
+@click.option(
+    "--effort", default="0.075", show_default=True, help="As of a scan; a random encoder has no default of its own"
+)
 @click.option("--encoder", type=click.Choice(["resnet18", "null"]), default="resnet18", show_default=True)
 @click.option("--count", default=2_000, show_default=True, help="Images, about, of each kind; with --encoder null")
 @click.option(
     "--workers", default="0", show_default=True, help="Numbers of workers, 0,2 for example; with --encoder null"
 )
-def main(small: int, large: int, encoder: str, count: int, workers: str) -> None:
+def main(small: int, large: int, effort: str, encoder: str, count: int, workers: str) -> None:
     """Print images/s of scan and of its bounds."""
     prepare()
     if encoder == "null":
@@ -144,7 +175,7 @@ def main(small: int, large: int, encoder: str, count: int, workers: str) -> None
         ):
             if count:
                 shards = write_shards(OUT / f"shards-{size}-{count}", count, size, kind, 4)
-                measure(title, shards, detector_for(spec, f"encoder-{size}"), count)
+                measure(title, shards, spec, f"encoder-{size}", count, effort)
 
 
 if __name__ == "__main__":

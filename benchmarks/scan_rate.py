@@ -21,14 +21,15 @@ class ScanRate(NamedTuple):
     cpu: float
 
 
-def scan_rate(shards: Path, detector: Path, workers: int, count: int) -> ScanRate:
+def scan_rate(shards: Path, detector: Path, workers: int, count: int, effort: str = "") -> ScanRate:
     tiny = write_shards(OUT / "tiny", 2, 32, "PNG", 2)
     seconds, cpu = [], []
     for source in (tiny, tiny, shards):  # the first one only fills caches
         out = OUT / "scanned"
         shutil.rmtree(out, ignore_errors=True)
         start, cpu_start = time.perf_counter(), time.process_time()
-        scan(ScanConfig((str(source),), str(detector), str(out), scores_only=True, workers=workers, batch_size=BATCH))
+        files = (str(source),), str(detector), str(out)
+        scan(ScanConfig(*files, effort=effort, scores_only=True, workers=workers, batch_size=BATCH))
         seconds.append(time.perf_counter() - start)
         cpu.append(time.process_time() - cpu_start)
     return ScanRate(count / (seconds[2] - seconds[1]), seconds[1], (cpu[2] - cpu[1]) / count)

@@ -1,4 +1,4 @@
-"""An attacker who knows the scorer `reaction`: BadEncoder that also hides from `reaction` (our own; no paper).
+"""An attacker who knows the scorer `reaction`: BadEncoder that also hides from it (our own; no paper).
 
 It has the perturbations, the statistics and the distance of stages/clean_reference.py, all differentiable, and adds two things to
 BadEncoder's objective: triggered images keep a part of their own clean embedding, and their statistics are pulled to where the
