@@ -1,4 +1,4 @@
-"""What agreement costs clean scans that are not even: copies, one class that fills half of the scan, a small group of another kind.
+"""What agreement costs clean scans that are not even: copies, one class that fills a third, a group of another kind.
 
     python -m pipelines.uneven_scans configs/benchmark_evidence_cpu.yaml --strangers runs/shards/gtsrb32-000000.tar --page docs/detection.md
 
@@ -30,7 +30,7 @@ from sanitize.stages.thresholds import clean_quantile
 RATE = 0.01
 EVENLY = 1800  # test images of every scan but the one of one class
 COPIED, COPIES = 40, 5  # images, and changed copies of each
-STRANGERS = 60
+STRANGERS = 180
 HEADER = ["encoder", "scan", "images", "agreement", "removed", "of its group"]
 
 
@@ -52,10 +52,10 @@ def scans(
     even = rng.permutation(tested)[:EVENLY]
     copies, strangers = np.arange(tested, tested + COPIED * COPIES), np.arange(tested + COPIED * COPIES, pool)
     of_class = np.flatnonzero(victim.labels.numpy() == victim.labels.mode().values.item())
-    others = np.setdiff1d(even, of_class)[: len(of_class)]
+    others = np.setdiff1d(even, of_class)[: 2 * len(of_class)]
     yield "even", even, np.empty(0, np.int64)
     yield f"{COPIES} copies of {COPIED} images", np.concatenate([even, copies]), copies
-    yield "half of one class", np.concatenate([others, of_class]), of_class
+    yield "a third of one class", np.concatenate([others, of_class]), of_class
     yield f"{len(strangers)} of another kind", np.concatenate([even, strangers]), strangers
 
 

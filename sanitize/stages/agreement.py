@@ -82,11 +82,11 @@ NONE = Departures(np.empty((0, 0), np.int8), np.empty(0, np.uint64))
 
 def agreement(samples: Departures, pool: Departures) -> Floats:
     """(N,) float32: mean of the NEIGHBOURS largest inner products with images of the pool (more than that) that look otherwise."""
-    known = torch.from_numpy(pool.residuals).float().T * STEP
+    known = _in_deviations(pool.residuals).T
     found = np.zeros(len(samples), np.float32)
     for start in range(0, len(samples), BLOCK):
         part = slice(start, start + BLOCK)
-        products = (torch.from_numpy(samples.residuals[part]).float() * STEP) @ known
+        products = _in_deviations(samples.residuals[part]) @ known
         largest, positions = products.topk(min(CANDIDATES, len(pool)), dim=1)
         largest[_alike(samples.hashes[part, None], pool.hashes[positions.numpy()])] = 0
         found[part] = largest.topk(NEIGHBOURS, dim=1).values.mean(dim=1).numpy()
@@ -96,6 +96,10 @@ def agreement(samples: Departures, pool: Departures) -> Floats:
             products[row][_alike(samples.hashes[start + row], pool.hashes)] = 0
             found[start + row] = products[row].topk(NEIGHBOURS).values.mean()
     return found
+
+
+def _in_deviations(residuals: Bytes) -> Tensor:
+    return torch.from_numpy(residuals.astype(np.float32) * STEP)
 
 
 def _alike(one: NDArray[np.uint64], other: NDArray[np.uint64]) -> Tensor:
