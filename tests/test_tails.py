@@ -91,6 +91,7 @@ def test_what_was_not_measured_counts_as_innocent():
 def test_a_predictor_weighs_what_it_explains():
     assert PREDICTION not in weights_for(None)
     assert PREDICTION not in weights_for(0.04)
+    assert weights_for(None) == {WHEREABOUTS: 0.05, REACTION: 0.95}  # reactions hold norm and neighbour distance too
     low, high = (weights_for(explained) for explained in (0.2, 0.8))
     assert low[PREDICTION] < high[PREDICTION]
     assert all(sum(weights.values()) == pytest.approx(1) for weights in (weights_for(None), low, high))

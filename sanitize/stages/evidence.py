@@ -17,6 +17,7 @@ KINDS = (PREDICTION, WHEREABOUTS, REACTION)
 AGREEMENT = 0.5  # weight, in pass 2, of how samples agree with each other (agreement.py)
 WORTHLESS = 0.05  # R² of a predictor below which its evidence is left out
 CHOOSES = 0.25  # R² from which it weighs as much as where embeddings lie, and what is perturbed may be left to the two of them
+LITTLE = 0.05  # weight, below CHOOSES, of where embeddings lie: all images are perturbed then, and their reactions hold it already
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ def weights_for(explained: float | None) -> dict[str, float]:
     """Weights of the kinds of evidence. explained: R² of the predictor on held-out images, which its evidence is worth; None = no
     predictor."""
     raw = {WHEREABOUTS: 0.5, REACTION: 0.5}  # half: an informed attacker imitates both for nothing
+    if explained is None or explained < CHOOSES:
+        raw = {WHEREABOUTS: LITTLE, REACTION: 1 - LITTLE}
     if explained is not None and explained >= WORTHLESS:
         raw[PREDICTION] = 2 * explained
     return {kind: weight / sum(raw.values()) for kind, weight in raw.items()}
