@@ -31,7 +31,7 @@ from sanitize.stages.adaptation import reason_not_to_adapt
 from sanitize.stages.agreement import IMAGE_HASH, NONE, POOL, RESIDUALS, Departures, agreement_test, quantised
 from sanitize.stages.clean_reference import adapted, embedding_statistics
 from sanitize.stages.encoders import Encoder, embed_in_batches, load_encoder
-from sanitize.stages.evidence import AGREEMENT
+from sanitize.stages.evidence import AGREEMENT, PREDICTION, combination
 from sanitize.stages.evidence_adaptation import trusted_agreement, trusted_evidence, values_of
 from sanitize.stages.perturbations import CHANGE_COLUMNS
 
@@ -212,7 +212,10 @@ def _decided_by_evidence(detector: Detector, settings: DetectorConfig, found: De
     evidence, scores, null = detector.combination(), found.clean, detector.calibration_scores(settings.effort)
     values = values_of(detector.clean_reference, found.statistics, found.energy)
     if settings.kinds:
-        evidence = evidence.only(settings.kinds)
+        known = {kind: detector.evidence[kind] for kind in settings.kinds}
+        evidence = combination(
+            known, detector.predictor.explained if PREDICTION in known and detector.predictor else None
+        )
         scores, null = evidence.score(values), evidence.score(detector.evidence)
     calibration = np.sort(null)
     if settings.adapt:

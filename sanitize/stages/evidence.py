@@ -4,7 +4,7 @@ The rule is the weighted harmonic mean p-value (Wilson, PNAS 2019): valid, up to
 fitted on attacks. One strong witness is enough, and no witness can clear what another accuses.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,13 +36,6 @@ class Evidence:
             total += self.weights[kind] / np.where(np.isnan(p), 1.0, p)
         return np.log10(total).astype(np.float32)
 
-    def only(self, kinds: Collection[str]) -> "Evidence":
-        """Some of the kinds, with the weights that they have to each other."""
-        kept = {kind: weight for kind, weight in self.weights.items() if kind in kinds}
-        return Evidence(
-            {kind: self.tails[kind] for kind in kept}, {kind: w / sum(kept.values()) for kind, w in kept.items()}
-        )
-
 
 def weights_for(explained: float | None) -> dict[str, float]:
     """Weights of the kinds of evidence. explained: R² of the predictor on held-out images, which its evidence is worth; None = no
@@ -56,6 +49,8 @@ def weights_for(explained: float | None) -> dict[str, float]:
 
 
 def combination(calibration: Mapping[str, Floats], explained: float | None) -> Evidence:
-    """calibration: kind → its values on clean held-out images (n,)."""
-    weights = weights_for(explained)
-    return Evidence({kind: fit_tail(calibration[kind]) for kind in weights}, weights)
+    """calibration: kind → its values on clean held-out images (n,); of kinds that are not among them nothing is known."""
+    weights = {kind: weight for kind, weight in weights_for(explained).items() if kind in calibration}
+    total = sum(weights.values())
+    tails = {kind: fit_tail(calibration[kind]) for kind in weights}
+    return Evidence(tails, {kind: weight / total for kind, weight in weights.items()})
