@@ -27,10 +27,13 @@ from sanitize.artifacts.scan_folder import InputShard, Run, ScanFolder, ShardInp
 from sanitize.config import ThresholdPolicy
 from sanitize.deciding import Scanned, find_rule
 from sanitize.stages import score_table
+from sanitize.stages.agreement import Departures, quantised
 from sanitize.stages.decision_table import write_decisions
+from sanitize.stages.evidence import PREDICTION
 from sanitize.stages.perturbations import CHANGE_COLUMNS, FLOOR
 
 POLICIES = (
+    ThresholdPolicy("calibrated", fpr=0.01, agreement=False),
     ThresholdPolicy("calibrated", fpr=0.01),
     ThresholdPolicy("fdr", fpr=0.3),
     ThresholdPolicy("fraction", fraction=0.01),
@@ -71,6 +74,11 @@ def score_rows(stem: str, rows: int, detector: Detector, seed: int) -> pa.Table:
         "status": ["ok"] * rows,
         "reason": [""] * rows,
     }
+    if detector.predictor:
+        residuals = rng.normal(size=(rows, detector.departures.residuals.shape[1])).astype(np.float32)
+        vectors = Departures(quantised(residuals), rng.integers(0, 2**64, rows, dtype=np.uint64)).as_bytes()
+        identity |= vectors
+        columns["prediction_energy"] = rng.choice(detector.evidence[PREDICTION], rows)
     full = {field.name: pa.nulls(rows, field.type) for field in score_table.SCHEMA}
     numbers = {name: pa.array(values.astype(np.float32)) for name, values in columns.items()}
     return pa.table(full | identity | numbers, schema=score_table.SCHEMA)
@@ -109,7 +117,7 @@ def main() -> None:
             for _ in score_table.read_each(paths, columns):
                 pass
     for policy in POLICIES:
-        with measured(f"rule, {policy.policy}", rows):
+        with measured(f"rule, {policy.policy}{' alone' if policy.agreement is False else ''}", rows):
             rule, (result,) = find_rule([scanned], policy, force=True)
         print(f"  threshold {rule.threshold:.3f}, {result.removed} of {rows} removed, {rule.adapter.identity}")
     some, bytes_written = markers[: max(len(markers) // 10, 1)], 0

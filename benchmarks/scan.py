@@ -53,7 +53,7 @@ def detector_for(spec: EncoderSpec, name: str, preset_name: str = "default") -> 
         folder.mkdir(parents=True, exist_ok=True)
         weights = folder / "encoder.safetensors"
         safetensors.torch.save_file({k: v.contiguous() for k, v in build_backbone(spec).state_dict().items()}, weights)
-        auxiliary = write_shards(OUT / f"aux-{spec.image_size}", 512, spec.image_size, "JPEG", 1, seed=9)
+        auxiliary = write_shards(OUT / f"aux-{spec.image_size}", 640, spec.image_size, "JPEG", 1, seed=9)
         spec = EncoderSpec(**(spec.__dict__ | {"weights": str(weights)}))
         values = preset(preset_name) | {"training": TrainingConfig(epochs=1, calibration_fraction=0.5)}
         values |= {"shards": [str(auxiliary)], "encoder": spec, "out": str(out), "workers": 0}
