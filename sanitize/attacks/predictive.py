@@ -27,8 +27,8 @@ from sanitize.training.queries import Queries
 class PredictiveConfig(AdaptiveConfig):
     """predict: weight of hiding from the student; scatter: of departures without a common direction; evade: of hiding from `reaction`."""
 
-    predict: float = 0.3
-    scatter: float = 0.3
+    predict: float = 0.03
+    scatter: float = 0.03
     evade: float = 0.0
 
 
