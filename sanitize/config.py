@@ -161,9 +161,7 @@ class ThresholdPolicy:
     threshold: float = 0.0  # absolute: remove scores above it
     mad: float = 6.0  # robust: remove scores above median + mad * (scaled median absolute deviation)
     adapt: bool = True  # calibrated, fdr: measure the distance from the bulk of this scan; of `reaction`, thorough
-    agreement: bool | None = (
-        None  # of `evidence`: also judge samples by each other; None = where agreement.py is sure of it
-    )
+    agreement: bool | None = None  # calibrated, fdr: also judge samples by each other; None = where a scan allows it
     keep_unscored: bool = False
 
     def __post_init__(self) -> None:

@@ -137,8 +137,8 @@ def _adapter(
         adapter = evidence_adapter(samples, detector.clean_reference, detector.combination(), calibration)
     elif policy.adapt:
         adapter = score_adapter(samples, detector.adaptable_reference(run.effort), calibration)
-    by_itself = policy.adapt and len(detector.departures) > 0
-    if not (by_itself if policy.agreement is None else policy.agreement):
+    forced = policy.agreement is not None
+    if not (policy.agreement if forced else policy.adapt and len(detector.departures)):
         return adapter, calibration
     departures = _departures(detector, run)
     fitted = agreement_test_of(samples, departures)
@@ -146,7 +146,7 @@ def _adapter(
         return adapter, calibration
     test: AgreementTest | None = fitted
     if policy.adapt:
-        test = adapted_agreement(samples, detector.clean_reference, fitted, forced=policy.agreement is not None)
+        test = adapted_agreement(samples, detector.clean_reference, fitted, forced=forced)
     if test is None:
         return adapter, calibration
     return AgreementScores(test, adapter), np.sort(fitted.combined(detector.calibration_scores(run.effort), departures))

@@ -90,9 +90,8 @@ def agreement(samples: Departures, pool: Departures) -> Floats:
         largest, positions = products.topk(min(CANDIDATES, len(pool)), dim=1)
         largest[_alike(samples.hashes[part, None], pool.hashes[positions.numpy()])] = 0
         found[part] = largest.topk(NEIGHBOURS, dim=1).values.mean(dim=1).numpy()
-        for row in (
-            (largest != 0).sum(dim=1).less(NEIGHBOURS).nonzero()[:, 0]
-        ):  # so many look like it that others lie behind them
+        few = (largest != 0).sum(dim=1) < NEIGHBOURS  # so many look like the image that others may lie behind them
+        for row in few.nonzero()[:, 0]:
             products[row][_alike(samples.hashes[start + row], pool.hashes)] = 0
             found[start + row] = products[row].topk(NEIGHBOURS).values.mean()
     return found
