@@ -5,8 +5,9 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -118,6 +119,59 @@ def _require_reachable(address: str) -> None:
         ) from None
 
 
-def session_for(resources: Resources, address: str) -> contextlib.AbstractContextManager[None]:
-    """One Ray session for several `map_shards`; none when the work is done in this process."""
-    return ray_session(address) if resources.workers else contextlib.nullcontext()
+# ---------------------------------------------------------------- workers between stages
+
+
+@dataclass
+class RestingWorkers:
+    """Workers between one `map_shards` and the next of a command: they keep their process, and the CPUs and GPUs that it was given."""
+
+    resources: Resources | None = None
+    actors: list[Any] = field(default_factory=list)
+
+    def take(self, resources: Resources) -> list[Any]:
+        """Those that were started with the same CPUs and GPUs; others go, so that there is room."""
+        if replace(resources, workers=0) != self.resources:
+            self.release()
+        taken, self.actors = self.actors[: resources.workers], self.actors[resources.workers :]
+        return taken
+
+    def rest(self, actors: Sequence[Any], resources: Resources) -> None:
+        self.actors, self.resources = [*self.actors, *actors], replace(resources, workers=0)
+
+    def release(self) -> None:
+        import ray
+
+        for actor in self.actors:
+            ray.kill(actor)
+        self.actors = []
+
+
+_resting: ContextVar[RestingWorkers | None] = ContextVar("resting", default=None)
+
+
+@contextlib.contextmanager
+def session_for(resources: Resources, address: str) -> Iterator[None]:
+    """One Ray session and the same workers for several `map_shards`; none when the work is done in this process."""
+    if not resources.workers:
+        yield
+        return
+    with ray_session(address):
+        mine = RestingWorkers()
+        before = _resting.set(mine)
+        try:
+            yield
+        finally:
+            _resting.reset(before)
+            mine.release()
+
+
+def resting_workers() -> RestingWorkers | None:
+    """Of the command that runs; None outside of `session_for`."""
+    return _resting.get()
+
+
+def release_workers() -> None:
+    """Give back what resting workers hold, for others on Ray that wait for it."""
+    if resting := _resting.get():
+        resting.release()

@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from sanitize import storage
+from sanitize import runtime, storage
 from sanitize.counters import RayCounters
 from sanitize.errors import SanitizeError, ShardError
 from sanitize.profile import StageSeconds
@@ -194,6 +194,7 @@ class _Worker:
         torch.set_num_threads(threads)
         self._threads = threads
         self._function: ShardFunction[Any] | None = None
+        self._task = ""
         self._progress = ShardProgress()
 
     def run(self, shared: list[Any], chunk: list[Shard], at_once: int) -> list[Outcome[Any]]:
@@ -201,8 +202,11 @@ class _Worker:
         import ray
 
         self._progress = ShardProgress()
-        if self._function is None:
+        if self._task != shared[0].hex():
+            self._function = None  # what the task before has loaded goes first
             self._function = ray.get(shared[0]).start(self._threads)
+            self._task = shared[0].hex()
+        assert self._function is not None
         return list(_run_chunk(self._function, chunk, _Noted(self._note), at_once))
 
     def _note(self, progress: ShardProgress) -> None:
@@ -225,7 +229,9 @@ def _map_on_ray(
     count = min(resources.workers, len(waiting))
     # once, whatever it holds; not to the constructor: Ray warns of each that a restart might lack its arguments
     shared = [ray.put(task)]
-    idle: list[Any] = [worker.remote(resources.cpus) for _ in range(count)]
+    resting = runtime.resting_workers()
+    idle: list[Any] = resting.take(replace(resources, workers=count)) if resting else []
+    idle += [worker.remote(resources.cpus) for _ in range(count - len(idle))]
     lost, kills = 0, _kernel_kills()  # lost: shards in a row that their workers died of
     running: dict[Any, tuple[Any, list[Shard]]] = {}
     last: dict[Any, ShardProgress] = {}
@@ -255,8 +261,10 @@ def _map_on_ray(
                 last[actor] = _progress_of(actor, last.get(actor, ShardProgress()))
             total.show(last.values())
     finally:
-        for actor in [*idle, *(actor for actor, _ in running.values())]:
+        for actor in [*([] if resting else idle), *(actor for actor, _ in running.values())]:
             ray.kill(actor)
+        if resting:
+            resting.rest(idle, resources)
 
 
 def _lost(shard: Shard, why: str) -> str:

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from sanitize.errors import ConfigError, SanitizeError, ShardError, StorageError
 from sanitize.process import usable_cpus
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
-from sanitize.runtime import Resources, _require_reachable, plan
+from sanitize.runtime import Resources, _require_reachable, plan, release_workers, resting_workers, session_for
 from sanitize.workers import OUT_OF_MEMORY, _lost, map_shards
 
 SHARDS = [Shard(f"/in/{name}.tar", name, 10) for name in "abcd"]
@@ -68,6 +69,57 @@ def test_a_worker_that_is_killed_is_restarted_and_does_its_shard_again(ray_clust
     outcomes = run(Echo(die="b", tombstone=str(tmp_path / "killed")), 1)
     assert (tmp_path / "killed").exists()
     assert [o.result["stem"] for o in outcomes] == ["a", "b", "c", "d"]
+
+
+# ---------------------------------------------------------------- workers between stages
+
+
+@dataclass(frozen=True)
+class Process:
+    """Returns the process it runs in, its threads, and a word of the task."""
+
+    word: str
+
+    def start(self, threads):
+        return lambda *_: (os.getpid(), threads, self.word)
+
+
+def told(word, resources):
+    with ProgressDisplay("test", 4, 40) as display:
+        return {outcome.result for outcome in map_shards(Process(word), SHARDS, resources, display)}
+
+
+def free_cpus():
+    return ray.available_resources().get("CPU", 0)
+
+
+def test_stages_of_one_command_share_workers_and_each_loads_its_own_task(ray_cluster):
+    alone = Resources(1, 1, 0)
+    with session_for(alone, ""):
+        ((first, _, word),) = told("one", alone)
+        ((second, _, other),) = told("two", alone)
+    assert first == second and (word, other) == ("one", "two")
+    ((later, _, _),) = told("three", alone)
+    assert later != first
+
+
+def test_workers_with_other_cpus_make_room_and_a_training_gets_back_what_they_hold(ray_cluster):
+    with session_for(Resources(2, 1, 0), ""):
+        before = {process for process, _, _ in told("one", Resources(2, 1, 0))}
+        ((process, threads, _),) = told("two", Resources(1, 2, 0))
+        assert process not in before and threads == 2
+        release_workers()
+        wait_until(lambda: free_cpus() >= 2)
+        assert resting_workers().actors == []
+    assert resting_workers() is None
+
+
+def wait_until(condition, seconds=30):
+    for _ in range(10 * seconds):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not happen")
 
 
 @dataclass(frozen=True)

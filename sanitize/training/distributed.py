@@ -37,6 +37,7 @@ def train_on_ray(
     from ray.train.torch import TorchTrainer
 
     progress = storage.join(folder, "progress.json")
+    runtime.release_workers()
 
     def on_worker(settings: dict[str, Any]) -> None:
         import ray.train.torch
