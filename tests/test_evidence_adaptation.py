@@ -8,7 +8,7 @@ import pytest
 from sanitize.stages.adaptation import MIN_SAMPLES
 from sanitize.stages.agreement import Departures, agreement, agreement_test, quantised
 from sanitize.stages.evidence import PREDICTION, REACTION, WHEREABOUTS, combination
-from sanitize.stages.evidence_adaptation import adapted_evidence, trusted_agreement, trusted_evidence
+from sanitize.stages.evidence_adaptation import FEWEST, adapted_evidence, trusted_agreement, trusted_evidence
 from sanitize.stages.tails import fit_tail
 
 KINDS = (PREDICTION, WHEREABOUTS, REACTION)
@@ -108,7 +108,7 @@ def test_what_all_of_a_scan_share_is_no_agreement_of_some():
     assert (agreement(other, test.pool) > test.tail.quantile(0.01)).mean() < 0.03
 
 
-@pytest.mark.parametrize("scan", [departures_of(1500, 1, offset=1.5), departures_of(MIN_SAMPLES - 1, 1)])
+@pytest.mark.parametrize("scan", [departures_of(1500, 1, offset=1.5), departures_of(FEWEST - 1, 1)])
 def test_images_are_not_judged_by_each_other_unasked_when_the_scan_is_of_another_kind_or_small(scan):
     test = agreement_test(scan, departures_of(800, 0), 0.5)
     assert trusted_agreement(test, scan) is None
@@ -122,7 +122,7 @@ def test_a_campaign_is_no_reason_not_to_judge_images_by_each_other():
     assert (agreement(scan, test.pool) > test.tail.quantile(0.01))[-75:].mean() > 0.95
 
 
-def test_agreement_stays_as_fitted_where_no_fewer_would_stand_out():
-    scan = departures_of(1500, 1)
+@pytest.mark.parametrize("scan", [departures_of(1500, 1), departures_of(MIN_SAMPLES - 1, 1)])
+def test_agreement_stays_as_fitted_where_no_fewer_would_stand_out_or_few_images_tell(scan):
     test = agreement_test(scan, departures_of(800, 0), 0.5)
     assert trusted_agreement(test, scan) is test

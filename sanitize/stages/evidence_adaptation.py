@@ -32,6 +32,7 @@ from sanitize.stages.tails import Floats
 log = logging.getLogger(__name__)
 ENERGY = "prediction_energy"
 NOMINAL = 0.01  # rate by which it is judged how many samples agree
+FEWEST = 200  # images of a scan, by which it is judged whether they may be judged by each other
 MOST = 0.5  # of a scan, that must have been perturbed before its reactions are its bulk and not its suspicious part
 
 
@@ -143,25 +144,26 @@ def adapted_agreement(
 
 
 def trusted_agreement(test: AgreementTest, drawn: Departures, *, forced: bool = False) -> AgreementTest | None:
-    """`test` moved to the bulk of images of a scan, each once; as it is where fewer would not stand out, or too many still would.
+    """`test` moved to the bulk of images of a scan, each once; as it is where they are few, fewer would not stand out, or too many still
+    would.
 
     None, unless forced: when too few images tell, or that bulk agrees more than clean images do. A predictor errs in the same direction for
     whole groups of images of a kind that it was not trained on, and their agreement says nothing.
     """
-    if len(drawn) < MIN_SAMPLES:
-        log.info("%d different scored images are few to judge by each other, %d are needed", len(drawn), MIN_SAMPLES)
+    if len(drawn) < FEWEST:
+        log.info("%d different scored images are few to judge by each other, %d are needed", len(drawn), FEWEST)
         return test if forced else None
     found = agreement(drawn, test.pool)
     moved = test.tail.moved_to(found)
     before, after = (float((found > tail.quantile(NOMINAL)).mean()) for tail in (test.tail, moved))
-    if after >= before or after > MAX_FLAGGED:
-        return test
-    if before - after > NOMINAL and not forced:
+    if before - after > NOMINAL and after <= MAX_FLAGGED and not forced:
         log.info(
             "not judged by each other: images of this scan agree more than auxiliary ones, %.2f %% of them",
             100 * before,
         )
         return None
+    if after >= before or after > MAX_FLAGGED or len(drawn) < MIN_SAMPLES:
+        return test
     log.info("agreement adapted to the scan: %.2f %% of it agree, %.2f %% before", 100 * after, 100 * before)
     return replace(test, tail=moved)
 
