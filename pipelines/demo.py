@@ -36,8 +36,8 @@ def main() -> None:
     run("python -m pipelines.red_team", red_team.main, CONFIG, "--zoo", "demo/zoo", "--out", "demo/victim")
     announce(start, "start Ray, learn what clean images look like to the backdoored encoder", 60)
     with runtime.ray_session(""):
-        # a thousand images are few: more epochs and smaller batches than the default, which is meant for ten thousand or more
-        small = ("--set", "training.epochs=20", "--set", "training.batch_size=32")
+        # a thousand images are few: smaller batches than the default, which is meant for ten thousand or more
+        small = ("--set", "training.epochs=10", "--set", "training.batch_size=32")
         command("fit", "demo/aux", "--encoder", ENCODER, "--out", "demo/detector", *small)
         announce(start, "score every incoming sample, split the shards, report", 15)
         command("scan", "demo/poisoned", "--detector", "demo/detector", "--out", "demo/scanned")
