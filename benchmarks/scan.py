@@ -33,7 +33,7 @@ from sanitize.process import prepare, usable_cpus
 from sanitize.records import DecodedImage
 from sanitize.stages.encoders import build_backbone
 from sanitize.stages.images import decode_sample
-from sanitize.stages.perturbations import CHANGE_COLUMNS
+from sanitize.stages.perturbations import encoder_passes
 from sanitize.stages.precision import autocast
 from sanitize.stages.prefetch import image_batches
 from sanitize.stages.preprocessing import complete_spec
@@ -119,8 +119,7 @@ def measure(title: str, shards: Path, spec: EncoderSpec, name: str, count: int, 
 
     def model_only() -> int:
         for columns in map(scorer, batches):
-            perturbed = columns.get(CHANGE_COLUMNS[0])
-            passes.append(1 if perturbed is None else 1 + len(CHANGE_COLUMNS) * float(np.isfinite(perturbed).mean()))
+            passes.append(encoder_passes(columns))
         return len(decoded)
 
     print(f"\n{title}: {count} images, {usable_cpus()} cores, {scorer.dtype}", flush=True)

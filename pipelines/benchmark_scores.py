@@ -33,7 +33,7 @@ from sanitize.stages.clean_reference import adapted, embedding_statistics
 from sanitize.stages.encoders import Encoder, embed_in_batches, load_encoder
 from sanitize.stages.evidence import AGREEMENT, PREDICTION, combination
 from sanitize.stages.evidence_adaptation import trusted_agreement, trusted_evidence, values_of
-from sanitize.stages.perturbations import CHANGE_COLUMNS
+from sanitize.stages.perturbations import CHANGE_COLUMNS, encoder_passes
 
 Floats = NDArray[np.float32]
 
@@ -161,12 +161,11 @@ def score_with_product(
         statistics = embedding_statistics(changes, norms, distances).numpy()[: counts[0] + counts[1]]
     clean, triggered, target = np.split(columns[settings.column], np.cumsum(counts)[:2])
     pool = counts[0] + counts[1]
-    residuals, hashes, passes = NONE.residuals, NONE.hashes, 1.0
+    residuals, hashes = NONE.residuals, NONE.hashes
     if RESIDUALS in columns:
         residuals = quantised(columns[RESIDUALS][:pool])
         hashes = np.ascontiguousarray(columns[IMAGE_HASH][:pool].astype(np.uint8)).view("<u8").reshape(-1)
-    if CHANGE_COLUMNS[0] in columns:
-        passes += len(CHANGE_COLUMNS) * float(np.isfinite(columns[CHANGE_COLUMNS[0]][:pool]).mean())
+    passes = encoder_passes({name: values[:pool] for name, values in columns.items()})
     energy = columns.get("prediction_energy", np.full(len(images), np.nan, np.float32))[:pool]
     return DetectorScores(clean, triggered, target, statistics, seconds, rate, residuals, hashes, passes, energy)
 

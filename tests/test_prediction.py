@@ -165,6 +165,14 @@ def test_calibration_images_depart_in_a_scan_as_they_did_in_the_fit(kind, reques
         assert np.abs(scanned - expected).min() < 0.02
 
 
+def test_agreement_joins_the_decisions_of_a_larger_scan_by_itself_and_is_taken_back_on_request(with_student, tmp_path):
+    shards, out = write_shards(tmp_path / "in", [250], first_seed=40_000), str(tmp_path / "out")
+    scan(ScanConfig((str(shards),), with_student, out, precision="fp32", workers=0, force=True))
+    assert storage.read_json(f"{out}/summary.json")["scores"].startswith("as scored, with agreement ")
+    clean(out, ThresholdPolicy(agreement=False), force=True)
+    assert storage.read_json(f"{out}/summary.json")["scores"] == "as scored"
+
+
 def test_agreement_joins_the_decisions_of_a_small_scan_on_request_and_the_scan_stays_as_it_is(with_student, tmp_path):
     shards, out = write_shards(tmp_path / "in", [40, 20]), str(tmp_path / "out")
     scan(ScanConfig((str(shards),), with_student, out, precision="fp32", workers=0, force=True))

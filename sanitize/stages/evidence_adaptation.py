@@ -156,13 +156,15 @@ def trusted_agreement(test: AgreementTest, drawn: Departures, *, forced: bool = 
     found = agreement(drawn, test.pool)
     moved = test.tail.moved_to(found)
     before, after = (float((found > tail.quantile(NOMINAL)).mean()) for tail in (test.tail, moved))
-    if before - after > NOMINAL and after <= MAX_FLAGGED and not forced:
+    if after >= before or after > MAX_FLAGGED:
+        return test
+    if before - after > NOMINAL and not forced:
         log.info(
             "not judged by each other: images of this scan agree more than auxiliary ones, %.2f %% of them",
             100 * before,
         )
         return None
-    if after >= before or after > MAX_FLAGGED or len(drawn) < MIN_SAMPLES:
+    if len(drawn) < MIN_SAMPLES:
         return test
     log.info("agreement adapted to the scan: %.2f %% of it agree, %.2f %% before", 100 * after, 100 * before)
     return replace(test, tail=moved)

@@ -1,4 +1,4 @@
-"""How an embedding changes when its image is perturbed: the statistics behind the default score.
+"""How an embedding changes when its image is perturbed: the statistics behind the score `reaction`.
 
 A trigger that survives a perturbation holds the embedding in place, whatever happens to the content; one that does not lets it
 go. Either way the pattern of changes is unlike that of clean images. Nothing is assumed about where the trigger is or what it
@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -63,6 +64,13 @@ PERTURBATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"noise": noise, "blur
 
 
 CHANGE_COLUMNS = tuple(f"reaction_{name}" for name in PERTURBATIONS)  # what score tables call them
+
+
+def encoder_passes(columns: Mapping[str, NDArray[np.float32]]) -> float:
+    """An image, on average, by its scores, column → (N,): one, and one for each perturbation of the images that were perturbed."""
+    if CHANGE_COLUMNS[0] not in columns:
+        return 1.0
+    return 1 + len(CHANGE_COLUMNS) * float(np.isfinite(columns[CHANGE_COLUMNS[0]]).mean())
 
 
 def embedding_changes(embed: Callable[[Tensor], Tensor], images: Tensor, embeddings: Tensor) -> Tensor:
