@@ -1,4 +1,5 @@
-"""What deciding costs on very many samples: reading score tables, adapting, the threshold, and each shard's decisions.
+"""What deciding costs on very many samples: reading score tables, adapting, the threshold (the driver), the scores that decide and each
+shard's decisions (the workers; of a tenth, one worker).
 
 python -m benchmarks.pass_two --rows 100000000
 
@@ -10,7 +11,7 @@ import argparse
 import resource
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -27,6 +28,7 @@ from sanitize.artifacts.scan_folder import InputShard, Run, ScanFolder, ShardInp
 from sanitize.config import ThresholdPolicy
 from sanitize.deciding import Scanned, find_rule
 from sanitize.stages import score_table
+from sanitize.stages.adaptation import Floats, ScoreAdapter, scores_of_all
 from sanitize.stages.agreement import Departures, quantised
 from sanitize.stages.decision_table import write_decisions
 from sanitize.stages.evidence import PREDICTION
@@ -95,6 +97,11 @@ def fill(folder: ScanFolder, detector_path: str, rows: int, per_shard: int) -> l
     return markers
 
 
+def as_scored(_: ScoreAdapter, samples: Mapping[str, int]) -> Floats:
+    """In place of scores that workers compute, which are as many."""
+    return scores_of_all(ScoreAdapter(), samples)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=10_000_000)
@@ -116,11 +123,14 @@ def main() -> None:
         with measured(f"bound: read {name} only", rows):
             for _ in score_table.read_each(paths, columns):
                 pass
-    for policy in POLICIES:
-        with measured(f"rule, {policy.policy}{' alone' if policy.agreement is False else ''}", rows):
-            rule, (result,) = find_rule([scanned], policy, force=True)
-        print(f"  threshold {rule.threshold:.3f}, {result.removed} of {rows} removed, {rule.adapter.identity}")
     some, bytes_written = markers[: max(len(markers) // 10, 1)], 0
+    for policy in POLICIES:
+        name = policy.policy + " alone" * (policy.agreement is False)
+        with measured(f"rule, {name}: the driver", rows):
+            rule, _ = find_rule([scanned], policy, force=True, score_all=as_scored)
+        print(f"  {rule.adapter.identity}")
+        with measured("  scores of a tenth, one worker", len(some) * options.per_shard):
+            scores_of_all(rule.adapter, {folder.scores(marker.shard): marker.samples for marker in some})
     with measured("decisions of a tenth, one worker", len(some) * options.per_shard):
         for marker in some:
             table = score_table.read(folder.scores(marker.shard), [*rule.columns, "sha256"])

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from sanitize.config import ThresholdPolicy
 from sanitize.errors import ConfigError, RefusedError, SanitizeError
 from sanitize.records import Word
 from sanitize.stages import thresholds
-from sanitize.stages.adaptation import AdaptedScores, ScoreAdapter, score_adapter
+from sanitize.stages.adaptation import AdaptedScores, ScoreAdapter, score_adapter, scores_of_all
 from sanitize.stages.agreement import AgreementTest, Departures
 from sanitize.stages.decision_table import Rule
 from sanitize.stages.evidence_adaptation import (
@@ -71,8 +71,16 @@ class Scanned:
         return tuple(sorted(storage.absolute(scan.folder.path) for scan in scans if scan is not self))
 
 
-def find_rule(scans: Sequence[Scanned], policy: ThresholdPolicy, force: bool) -> tuple[Rule, list[CleanResult]]:
-    """One threshold for all samples. Memory: one float32 a sample, and a few times that while the threshold is found."""
+def find_rule(
+    scans: Sequence[Scanned],
+    policy: ThresholdPolicy,
+    force: bool,
+    score_all: Callable[[ScoreAdapter, Mapping[str, int]], NDArray[np.float32]] = scores_of_all,
+) -> tuple[Rule, list[CleanResult]]:
+    """One threshold for all samples. Memory: one float32 a sample, and a few times that while the threshold is found.
+
+    score_all: as `scores_of_all`, wherever it computes.
+    """
     first = scans[0].run
     for scan in scans[1:]:
         if (scan.run.detector_fingerprint, scan.run.effort) != (first.detector_fingerprint, first.effort):
@@ -83,7 +91,7 @@ def find_rule(scans: Sequence[Scanned], policy: ThresholdPolicy, force: bool) ->
     detector = _detector(scans[0].folder.path, first, policy)
     samples = {scan.folder.scores(marker.shard): marker.samples for scan in scans for marker in scan.markers}
     adapter, calibration = _adapter(detector, first, policy, samples)
-    scores = adapter.scores_of_all(samples)
+    scores = score_all(adapter, samples)
     threshold = thresholds.threshold_for(scores, calibration, policy)
     _warn_of_small_calibration(policy, threshold, len(calibration))
     _warn_of_a_divided_group(scores, threshold)

@@ -225,7 +225,8 @@ def _map_on_ray(
     options = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_concurrency": 2}
     options |= {"max_restarts": RETRIES, "max_task_retries": RETRIES}
     worker = ray.remote(_Worker).options(**options)
-    waiting = list(reversed(_chunks(shards, at_once)))
+    largest_first = sorted(shards, key=lambda shard: -shard.size)  # else the others might wait for the last one
+    waiting = list(reversed(_chunks(largest_first, at_once)))
     count = min(resources.workers, len(waiting))
     # once, whatever it holds; not to the constructor: Ray warns of each that a restart might lack its arguments
     shared = [ray.put(task)]

@@ -17,6 +17,7 @@ from builders import (
     random_images,
     scores_by_key,
     table,
+    tree_bytes,
     write_dim,
     write_encoder,
     write_shards,
@@ -32,6 +33,7 @@ from sanitize.config import FitConfig, ScanConfig, ThresholdPolicy, TrainingConf
 from sanitize.config_loading import load_encoder_spec
 from sanitize.config_models import PredictionConfig
 from sanitize.errors import CheckpointError, ConfigError
+from sanitize.runtime import Resources
 from sanitize.stages.benign_changes import CHANGES, change
 from sanitize.stages.encoders import embed_in_batches, load_encoder
 from sanitize.stages.prediction import Predictor, explained, fit_departure, fit_target
@@ -165,12 +167,17 @@ def test_calibration_images_depart_in_a_scan_as_they_did_in_the_fit(kind, reques
         assert np.abs(scanned - expected).min() < 0.02
 
 
-def test_agreement_joins_the_decisions_of_a_larger_scan_by_itself_and_is_taken_back_on_request(with_student, tmp_path):
-    shards, out = write_shards(tmp_path / "in", [250], first_seed=40_000), str(tmp_path / "out")
+def test_agreement_joins_the_decisions_of_a_larger_scan_by_itself_and_is_taken_back_on_request(
+    with_student, tmp_path, ray_cluster
+):
+    shards, out = write_shards(tmp_path / "in", [150, 100], first_seed=40_000), str(tmp_path / "out")
     scan(ScanConfig((str(shards),), with_student, out, precision="fp32", workers=0, force=True))
     assert storage.read_json(f"{out}/summary.json")["scores"].startswith("as scored, with agreement ")
+    here = tree_bytes(Path(out))
     clean(out, ThresholdPolicy(agreement=False), force=True)
     assert storage.read_json(f"{out}/summary.json")["scores"] == "as scored"
+    clean(out, ThresholdPolicy(), force=True, resources=Resources(workers=2, cpus=1, gpus=0))
+    assert tree_bytes(Path(out)) == here
 
 
 def test_agreement_joins_the_decisions_of_a_small_scan_on_request_and_the_scan_stays_as_it_is(with_student, tmp_path):

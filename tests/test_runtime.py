@@ -71,6 +71,14 @@ def test_a_worker_that_is_killed_is_restarted_and_does_its_shard_again(ray_clust
     assert [o.result["stem"] for o in outcomes] == ["a", "b", "c", "d"]
 
 
+def test_workers_take_the_largest_shards_first(ray_cluster):
+    sizes = {"a": 10, "b": 30, "c": 20, "d": 30}
+    shards = [Shard(f"/in/{stem}.tar", stem, size) for stem, size in sizes.items()]
+    with ProgressDisplay("test", 4, 90) as display:
+        outcomes = list(map_shards(Echo(), shards, Resources(1, 1, 0), display))
+    assert [outcome.shard.stem for outcome in outcomes] == ["b", "d", "c", "a"]
+
+
 # ---------------------------------------------------------------- workers between stages
 
 

@@ -6,8 +6,9 @@ Everything else of a shard (removed samples, members without a key) goes to the 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,12 +26,13 @@ from sanitize.artifacts.scan_folder import (
 )
 from sanitize.config import ThresholdPolicy
 from sanitize.deciding import CleanResult, Scanned, find_rule, is_most
-from sanitize.errors import ConfigError
+from sanitize.errors import ConfigError, StorageError
 from sanitize.paths import AnyPath, path_text
 from sanitize.progress import ProgressDisplay
 from sanitize.records import Shard
 from sanitize.runtime import Resources
 from sanitize.stages import decision_table, score_table
+from sanitize.stages.adaptation import Floats, ScoreAdapter, scores_of, scores_of_all
 from sanitize.stages.decision_table import Decisions, Rule, split_identity, write_decisions
 from sanitize.stages.splitting import ScoredShard, split_shard
 from sanitize.stages.unpacking import is_compressed
@@ -73,7 +75,8 @@ def clean_together(
         ScanFolder(out).run()  # is there a scan?
         if sum(storage.real(other) == storage.real(out) for other in outs) > 1:
             raise ConfigError(f"{out}: is given twice. Name each scan once.")
-    with folder_locks(outs, "clean"):
+    resources = resources or runtime.plan(0, 0, -1, 1)
+    with folder_locks(outs, "clean"), runtime.session_for(resources, address):
         return decide_and_split(
             outs, policy, force=force, resources=resources, address=address, ignore_reviews=ignore_reviews
         )
@@ -89,7 +92,7 @@ def decide_and_split(
     policy: ThresholdPolicy,
     *,
     force: bool,
-    resources: Resources | None,
+    resources: Resources,
     address: str,
     ignore_reviews: bool = False,
 ) -> list[CleanResult]:
@@ -101,7 +104,8 @@ def decide_and_split(
     if all(finished):
         log.info("clean: all %d shards were split before", sum(len(scan.markers) for scan in scans))
         return [result for result in finished if result]
-    rule, results = find_rule(scans, policy, force)
+    score_all = partial(_scores_on_workers, resources, address) if resources.workers else scores_of_all
+    rule, results = find_rule(scans, policy, force, score_all)
     return [
         _split_all(scan, scans, policy, replace(rule, words=scan.words), result, resources, address, ignore_reviews)
         for scan, result in zip(scans, results, strict=True)
@@ -129,6 +133,37 @@ def _finished(
     return CleanResult(summary.threshold, summary.kept, summary.removed, summary.unscored, (), summary.reviewed)
 
 
+# ---------------------------------------------------------------- scores that decide
+
+
+def _scores_on_workers(resources: Resources, address: str, adapter: ScoreAdapter, samples: Mapping[str, int]) -> Floats:
+    """What `scores_of_all` gives, computed by the workers: each takes whole score files."""
+    files = [Shard(path, path, count) for path, count in samples.items()]
+    at_once = 1 if all(storage.is_local(path) for path in samples) else storage.READ_AHEAD
+    found: dict[str, Floats] = {}
+    with ProgressDisplay("decide", len(files), sum(samples.values())) as display:
+        for outcome in workers.map_shards(RescoreTask(adapter), files, resources, display, address, at_once):
+            if outcome.result is None:
+                raise StorageError(outcome.error)
+            found[outcome.shard.stem] = outcome.result
+    return np.concatenate([np.empty(0, np.float32), *(found[path] for path in samples)])
+
+
+@dataclass(frozen=True)
+class RescoreTask:
+    """The deciding scores of one score file; `size` of its shard counts samples."""
+
+    adapter: ScoreAdapter
+
+    def start(self, threads: int) -> ShardFunction[Floats]:  # noqa: ARG002 - torch has as many already
+        return self._scores
+
+    def _scores(self, file: Shard, progress: ProgressCallback) -> Floats:
+        scores = scores_of(self.adapter, score_table.read(file.url, self.adapter.columns), file.url, file.size)
+        progress(file.size, 0, file.size)
+        return scores
+
+
 # ---------------------------------------------------------------- splitting
 
 
@@ -138,7 +173,7 @@ def _split_all(
     policy: ThresholdPolicy,
     rule: Rule,
     result: CleanResult,
-    resources: Resources | None,
+    resources: Resources,
     address: str,
     ignore_reviews: bool,
 ) -> CleanResult:
@@ -151,7 +186,6 @@ def _split_all(
         if not _is_split(m, rule.identity_of(m.shard)) or m.files.keys() - scan.present
     ]
     task, at_once = SplitTask(storage.absolute(folder.path), rule), _at_once(folder.path, todo)
-    resources = resources or runtime.plan(0, 0, -1, len(todo))
     split, failed = {marker.shard: marker for marker in scan.markers}, {}
     with ProgressDisplay("clean", len(todo), sum(s.size for s in todo)) as display:
         for outcome in workers.map_shards(task, todo, resources, display, address, at_once):

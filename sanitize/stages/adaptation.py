@@ -49,22 +49,6 @@ class ScoreAdapter:
         """For people and for comparing two decisions; the same scan gives the same."""
         return "as scored"
 
-    def scores_of_all(self, samples: Mapping[str, int]) -> Floats:
-        """(N,) float32 of score files with so many samples each, in order; one file in memory at a time."""
-        scores, done = np.empty(sum(samples.values()), np.float32), 0
-        with ProgressDisplay("decide", len(samples), len(scores)) as display:
-            tables = score_table.read_each(list(samples), self.columns)
-            for number, ((path, count), table) in enumerate(zip(samples.items(), tables, strict=True), 1):
-                if len(table) != count:
-                    raise StorageError(
-                        f"{path}: {len(table)} rows for {count} samples. Run `sanitize verify --repair`, then the same `sanitize scan` "
-                        "again."
-                    )
-                scores[done : done + count] = self.scores(table)
-                done += count
-                display.update(number, done, done)
-        return scores
-
 
 @dataclass(frozen=True)
 class AdaptedScores(ScoreAdapter):
@@ -80,6 +64,27 @@ class AdaptedScores(ScoreAdapter):
     def identity(self) -> str:
         tensors = {"centre": self.reference.centre.tolist(), "precision": self.reference.precision.tolist()}
         return f"adapted {storage.json_sha256(tensors)[:12]}"
+
+
+def scores_of_all(adapter: ScoreAdapter, samples: Mapping[str, int]) -> Floats:
+    """(N,) float32 of score files with so many samples each, in order; one file in memory at a time."""
+    scores, done = np.empty(sum(samples.values()), np.float32), 0
+    with ProgressDisplay("decide", len(samples), len(scores)) as display:
+        tables = score_table.read_each(list(samples), adapter.columns)
+        for number, ((path, count), table) in enumerate(zip(samples.items(), tables, strict=True), 1):
+            scores[done : done + count] = scores_of(adapter, table, path, count)
+            done += count
+            display.update(number, done, done)
+    return scores
+
+
+def scores_of(adapter: ScoreAdapter, table: pa.Table, path: str, count: int) -> Floats:
+    """(count,) float32 of one score file, whose table this is."""
+    if len(table) != count:
+        raise StorageError(
+            f"{path}: {len(table)} rows for {count} samples. Run `sanitize verify --repair`, then the same `sanitize scan` again."
+        )
+    return adapter.scores(table)
 
 
 def score_adapter(samples: Mapping[str, int], reference: CleanReference | None, calibration: Floats) -> ScoreAdapter:

@@ -17,6 +17,7 @@ from sanitize import storage
 from sanitize.stages import score_table
 from sanitize.stages.adaptation import (
     MAX_FLAGGED,
+    MAX_ROWS,
     MIN_SAMPLES,
     UNTRUSTED,
     ScoreAdapter,
@@ -32,6 +33,7 @@ from sanitize.stages.tails import Floats
 log = logging.getLogger(__name__)
 ENERGY = "prediction_energy"
 NOMINAL = 0.01  # rate by which it is judged how many samples agree
+MOST_COMPARED = 20_000  # images of a scan that are compared with its pool to judge that: 0.1 ms each
 FEWEST = 200  # images of a scan, by which it is judged whether they may be judged by each other
 MOST = 0.5  # of a scan, that must have been perturbed before its reactions are its bulk and not its suspicious part
 
@@ -139,7 +141,7 @@ def adapted_agreement(
     samples: Mapping[str, int], reference: CleanReference, test: AgreementTest, *, forced: bool
 ) -> AgreementTest | None:
     """`test` by the bulk of a scan where that can be trusted. None: see `trusted_agreement`; never when forced."""
-    drawn, _ = score_table.departures(_drawn_rows(samples, reference, tuple(VECTORS)))
+    drawn, _ = score_table.departures(_drawn_rows(samples, reference, tuple(VECTORS), MOST_COMPARED))
     return trusted_agreement(test, drawn, forced=forced)
 
 
@@ -170,5 +172,7 @@ def trusted_agreement(test: AgreementTest, drawn: Departures, *, forced: bool = 
     return replace(test, tail=moved)
 
 
-def _drawn_rows(samples: Mapping[str, int], reference: CleanReference, columns: tuple[str, ...]) -> pa.Table:
-    return distinct_rows(samples, columns, ["score"], key=reference.centre.numpy().tobytes())
+def _drawn_rows(
+    samples: Mapping[str, int], reference: CleanReference, columns: tuple[str, ...], limit: int = MAX_ROWS
+) -> pa.Table:
+    return distinct_rows(samples, columns, ["score"], key=reference.centre.numpy().tobytes(), limit=limit)
