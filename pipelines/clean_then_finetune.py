@@ -111,6 +111,7 @@ def run(config: PipelineConfig) -> PipelineReport:
             suspect = _suspect(config, arms.get("poisoned"))
             detector = _fit(config, suspect)
             scanned = _scan(config, "scanned", config.train, detector)
+            runtime.release_workers()  # the training may still wait for what they hold
             arms |= {"poisoned": training.result()} if training else {}
         arms["cleaned"] = _train(config, "cleaned", (storage.join(scanned.out, "clean"),))
         if config.truth:

@@ -152,8 +152,9 @@ _resting: ContextVar[RestingWorkers | None] = ContextVar("resting", default=None
 
 @contextlib.contextmanager
 def session_for(resources: Resources, address: str) -> Iterator[None]:
-    """One Ray session and the same workers for several `map_shards`; none when the work is done in this process."""
-    if not resources.workers:
+    """One Ray session and the same workers for several `map_shards`; none when the work is done in this process. Inside of another, as a
+    command of a pipeline is: that one's."""
+    if not resources.workers or resting_workers():
         yield
         return
     with ray_session(address):

@@ -111,6 +111,17 @@ def test_stages_of_one_command_share_workers_and_each_loads_its_own_task(ray_clu
     assert later != first
 
 
+def test_commands_of_a_pipeline_share_workers(ray_cluster):
+    alone = Resources(1, 1, 0)
+    with session_for(alone, ""):
+        processes = set()
+        for command in ("fit", "scan"):
+            with session_for(alone, ""):
+                processes |= {process for process, _, _ in told(command, alone)}
+        assert len(processes) == 1
+    assert resting_workers() is None
+
+
 def test_workers_with_other_cpus_make_room_and_a_training_gets_back_what_they_hold(ray_cluster):
     with session_for(Resources(2, 1, 0), ""):
         before = {process for process, _, _ in told("one", Resources(2, 1, 0))}
