@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -45,16 +46,17 @@ CIFAR = EncoderSpec("resnet18-cifar", image_size=32, mean=(0.4914, 0.4822, 0.446
 
 
 def detector_for(spec: EncoderSpec, name: str, preset_name: str = "default") -> Path:
-    """A detector for an encoder with random weights: speed does not depend on their values."""
+    """A detector for an encoder, with random weights where it has none: speed does not depend on their values."""
     folder, spec = OUT / name, complete_spec(spec)
     out = folder / ("detector" if preset_name == "default" else preset_name)
     if not (out / "detector.json").exists():
-        torch.manual_seed(0)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = folder / "encoder.safetensors"
-        safetensors.torch.save_file({k: v.contiguous() for k, v in build_backbone(spec).state_dict().items()}, weights)
+        if not spec.weights:
+            torch.manual_seed(0)
+            tensors = {k: v.contiguous() for k, v in build_backbone(spec).state_dict().items()}
+            spec = replace(spec, weights=str(folder / "encoder.safetensors"))
+            safetensors.torch.save_file(tensors, spec.weights)
         auxiliary = write_shards(OUT / f"aux-{spec.image_size}", 640, spec.image_size, "JPEG", 1, seed=9)
-        spec = EncoderSpec(**(spec.__dict__ | {"weights": str(weights)}))
         values = preset(preset_name) | {"training": TrainingConfig(epochs=1, calibration_fraction=0.5)}
         values |= {"shards": [str(auxiliary)], "encoder": spec, "out": str(out), "workers": 0}
         fit(from_mapping(FitConfig, values, "fit"))
