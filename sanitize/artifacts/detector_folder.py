@@ -33,6 +33,7 @@ from sanitize.stages.clean_reference import CleanReference
 from sanitize.stages.decoder import Decoder
 from sanitize.stages.encoders import Encoder, load_encoder
 from sanitize.stages.evidence import CHOOSES, KINDS, PREDICTION, REACTION, WHEREABOUTS, Evidence, combination
+from sanitize.stages.folding import folded
 from sanitize.stages.images import DECODE_PATH
 from sanitize.stages.perturbations import PERTURBATIONS
 from sanitize.stages.prediction import Predictor
@@ -299,9 +300,11 @@ def make_scorer(
     low, high = detector.undecided(effort)
     witnesses = None
     if detector.evidence:
-        witnesses = Witnesses(detector.combination(), (low, high), detector.predictor, load_reference(detector))
+        reference = load_reference(detector)
+        seen_through = folded(reference) if reference else None
+        witnesses = Witnesses(detector.combination(), (low, high), detector.predictor, seen_through)
     return Scorer(
-        encoder,
+        folded(encoder),
         detector.decoder,
         detector.references,
         name=detector.scorer,

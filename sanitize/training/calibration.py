@@ -18,6 +18,7 @@ from sanitize.records import Shard
 from sanitize.runtime import Resources
 from sanitize.stages.clean_reference import embedding_statistics, neighbour_distance
 from sanitize.stages.encoders import Encoder, embed, load_encoder
+from sanitize.stages.folding import folded
 from sanitize.stages.images import to_batch
 from sanitize.stages.perturbations import embedding_changes
 from sanitize.stages.precision import resolve_precision
@@ -46,7 +47,7 @@ class StatisticsTask:
 
     def start(self, threads: int) -> ShardFunction[Statistics]:
         device = runtime.device()
-        encoder = load_encoder(self.encoder).to(device)
+        encoder = folded(load_encoder(self.encoder)).to(device)
         known = self.clean_embeddings.to(device)
         wanted = {bytes(row).hex() for row in self.wanted.numpy()}
         return lambda shard, progress: self._shard(shard, progress, encoder, known, wanted, threads)

@@ -12,6 +12,7 @@ from sanitize import runtime, storage
 from sanitize.config import EncoderSpec
 from sanitize.records import Shard
 from sanitize.stages.encoders import Encoder, embed, load_encoder
+from sanitize.stages.folding import folded
 from sanitize.stages.images import shrink, to_batch
 from sanitize.stages.precision import resolve_precision
 from sanitize.stages.prefetch import image_batches
@@ -45,7 +46,7 @@ class EmbedTask:
 
     def start(self, threads: int) -> ShardFunction[int]:
         device = runtime.device()
-        encoder = load_encoder(self.encoder).to(device)
+        encoder = folded(load_encoder(self.encoder)).to(device)
         return lambda shard, progress: self._embed_shard(shard, progress, encoder, device, threads)
 
     def _embed_shard(

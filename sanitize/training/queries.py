@@ -17,6 +17,7 @@ from sanitize.records import DecodedImage, Shard
 from sanitize.runtime import Resources
 from sanitize.stages.benign_changes import change
 from sanitize.stages.encoders import Encoder, embed, load_encoder
+from sanitize.stages.folding import folded
 from sanitize.stages.images import difference_hash, shrink, to_batch
 from sanitize.stages.precision import resolve_precision
 from sanitize.stages.prefetch import image_batches
@@ -59,8 +60,8 @@ class QueryTask:
 
     def start(self, threads: int) -> ShardFunction[int]:
         device = runtime.device()
-        encoder = load_encoder(self.encoder).to(device)
-        reference = load_encoder(self.reference).to(device) if self.reference else None
+        encoder = folded(load_encoder(self.encoder)).to(device)
+        reference = folded(load_encoder(self.reference)).to(device) if self.reference else None
         wanted = {bytes(row).hex() for row in self.wanted.numpy()}
         return lambda shard, progress: self._shard(shard, progress, encoder, reference, wanted, device, threads)
 
