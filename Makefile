@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-slow check zoo bench schemas dist clean
+.PHONY: demo test test-slow check zoo bench bench-gpu schemas dist clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,9 @@ bench: $(INSTALLED)  ## throughput and memory beside their measured bounds
 	$(BIN)/python -m benchmarks.scan
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.finetune
+
+bench-gpu: $(INSTALLED)  ## every stage of a scan on a GPU, without Ray
+	$(BIN)/python -m benchmarks.gpu
 
 schemas: $(INSTALLED)  ## docs/schemas, made from the settings and records in the code
 	$(BIN)/python -m sanitize.schemas docs/schemas
