@@ -24,8 +24,9 @@ import torch
 from pipelines import clip_victim, page, photo_victim, ssl_victim
 from pipelines.command_line import command_line
 from sanitize import storage
+from sanitize.attacks import optimised_trigger
 from sanitize.attacks.evaluation import AttackReport
-from sanitize.attacks.triggers import Trigger, make_trigger
+from sanitize.attacks.triggers import FileTrigger, Trigger, make_trigger
 from sanitize.config_loading import from_mapping, load_yaml, overlay, to_mapping
 from sanitize.errors import check
 from sanitize.stages.precision import resolve_precision
@@ -47,6 +48,7 @@ class AttackFamily:
 _SSL = AttackFamily(ssl_victim.SslConfig, ssl_victim.inputs, ssl_victim.build)
 _EVADE = AttackFamily(ssl_victim.EvadeVictimConfig, ssl_victim.inputs, ssl_victim.build)
 _PREDICTIVE = AttackFamily(ssl_victim.PredictiveVictimConfig, ssl_victim.inputs, ssl_victim.build)
+_INFORMED = AttackFamily(ssl_victim.InformedVictimConfig, ssl_victim.inputs, ssl_victim.build)
 _CLIP = AttackFamily(clip_victim.ClipConfig, clip_victim.inputs, clip_victim.build)
 _PHOTOS = AttackFamily(photo_victim.PhotoConfig, photo_victim.inputs, photo_victim.build)
 ATTACKS = {
@@ -56,6 +58,7 @@ ATTACKS = {
     "adaptive": _SSL,
     "evade": _EVADE,
     "predictive": _PREDICTIVE,
+    "informed": _INFORMED,
     "clip_text": _CLIP,
     "badclip": _CLIP,
     "photos": _PHOTOS,
@@ -141,7 +144,10 @@ def target_class(settings: Mapping[str, Any]) -> int:
 
 
 def trigger_of(folder: str, settings: Mapping[str, Any]) -> Trigger:
-    """Of a victim, from the config that its truth.json keeps; a file that lies in its folder is found wherever that is."""
+    """Of a victim: the one that its attacker optimised, else from the config that its truth.json keeps; a file that lies in its folder
+    is found wherever that is."""
+    if storage.exists(optimised := storage.join(folder, optimised_trigger.FILE)):
+        return FileTrigger(optimised)
     values = dict(settings.get("trigger") or {"name": "image", "path": "trigger.png"})
     if "path" in values and storage.exists(own := storage.join(folder, values["path"])):
         values["path"] = own

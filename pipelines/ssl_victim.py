@@ -1,4 +1,4 @@
-"""Victims among image encoders: BadEncoder, DRUPE, adaptive (fine-tuned on a shadow set), CTRL (poisoned pre-training)."""
+"""Victims among image encoders: BadEncoder, DRUPE, informed attackers (fine-tuned on a shadow set), CTRL (poisoned pre-training)."""
 
 import dataclasses
 import logging
@@ -12,7 +12,7 @@ from torch import Tensor
 from pipelines.data import LabelledImages, identity, load_images
 from sanitize import storage
 from sanitize.artifacts.encoder_folder import save_encoder
-from sanitize.attacks import adaptive, badencoder, ctrl, drupe, evaluation, predictive, simclr, supervised
+from sanitize.attacks import badencoder, ctrl, drupe, evaluation, informed, simclr, supervised
 from sanitize.attacks.adaptive import AdaptiveConfig
 from sanitize.attacks.backdoor import fine_tune, unit
 from sanitize.attacks.badencoder import BadEncoderConfig
@@ -20,6 +20,8 @@ from sanitize.attacks.ctrl import CtrlConfig
 from sanitize.attacks.drupe import DrupeConfig
 from sanitize.attacks.evade import EvadeConfig, EvadeObjective
 from sanitize.attacks.evaluation import AttackReport, EncoderOutputs, HeadConfig
+from sanitize.attacks.informed import InformedConfig
+from sanitize.attacks.optimised_trigger import FILE, OptimisedTrigger
 from sanitize.attacks.predictive import PredictiveConfig
 from sanitize.attacks.simclr import SimclrConfig
 from sanitize.attacks.supervised import SupervisedConfig
@@ -73,7 +75,7 @@ class SslConfig:
     seed: int = 100
 
     def __post_init__(self) -> None:
-        names = ("badencoder", "drupe", "ctrl", "adaptive", "evade", "predictive")
+        names = ("badencoder", "drupe", "ctrl", "adaptive", "evade", "predictive", "informed")
         blocks = [name for name in names if getattr(self, name, None) is not None]
         check(
             blocks == [self.attack],
@@ -97,6 +99,13 @@ class PredictiveVictimConfig(SslConfig):
     """Of the attack `predictive`; see EvadeVictimConfig."""
 
     predictive: PredictiveConfig | None = None
+
+
+@dataclass(frozen=True)
+class InformedVictimConfig(SslConfig):
+    """Of the attack `informed`; see EvadeVictimConfig."""
+
+    informed: InformedConfig | None = None
 
 
 def inputs(config: SslConfig) -> dict[str, list[str]]:
@@ -129,10 +138,10 @@ def build(config: SslConfig, folder: str, zoo: str, device: torch.device) -> tup
         arguments = (clean, shadow, train.pixels[chosen], trigger)
         if isinstance(config, EvadeVictimConfig) and config.evade:
             backdoored = fine_tune(*arguments, EvadeObjective(config.evade), config.evade, config.seed, device)
-        elif isinstance(config, PredictiveVictimConfig) and config.predictive:
-            backdoored = predictive.attack(*arguments, config.predictive, config.seed, device)
-        elif config.adaptive:
-            backdoored = adaptive.attack(*arguments, config.adaptive, config.seed, device)
+        elif knowing := informed_config(config):
+            backdoored, trigger = informed.attack(*arguments, knowing, config.seed, device)
+            if isinstance(trigger, OptimisedTrigger):
+                trigger.save(storage.join(folder, FILE))
         elif config.badencoder:
             backdoored = badencoder.attack(*arguments, config.badencoder, config.seed, device)
         else:
@@ -143,6 +152,12 @@ def build(config: SslConfig, folder: str, zoo: str, device: torch.device) -> tup
     before, after = (outputs_of(config, encoder, train, test, trigger) for encoder in (clean.to(device), backdoored))
     result = evaluation.report(before, after, test.labels, config.target)
     return result, truth | {"seconds": round(earlier + time.monotonic() - start)}
+
+
+def informed_config(config: SslConfig) -> AdaptiveConfig | None:
+    """The block of an attacker who knows detectors."""
+    blocks = (getattr(config, name, None) for name in ("adaptive", "predictive", "informed"))
+    return next((block for block in blocks if block), None)
 
 
 def pretrain_or_load(

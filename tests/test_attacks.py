@@ -16,7 +16,6 @@ from builders import (
 )
 
 from sanitize.attacks import adaptive, badencoder, ctrl, drupe, simclr
-from sanitize.attacks.adaptive import AdaptiveConfig
 from sanitize.attacks.augment import colour_jitter, flip_and_jitter, gray, random_resized_crop
 from sanitize.attacks.backdoor import unit, unit_embeddings
 from sanitize.attacks.badencoder import BadEncoderConfig, BadEncoderObjective
@@ -83,12 +82,12 @@ def test_the_adaptive_attacker_sees_the_very_statistics_of_the_detector():
 
 
 def test_the_adaptive_attacker_pays_for_standing_out_and_keeps_a_share_of_each_image():
-    objective = adaptive.AdaptiveObjective(AdaptiveConfig())
     step = random_step(batch=200)
+    reactions = adaptive.Reactions()
     hidden = dataclasses.replace(step, triggered=step.clean.clone(), perturbed=step.perturbed[:, :200].repeat(1, 2, 1))
-    assert float(objective.visible(hidden)) < 0.5
+    assert float(reactions(hidden)["seen"]) < 0.5
     loud = dataclasses.replace(hidden, triggered=step.clean * 50)
-    assert float(objective.visible(loud)) > 2
+    assert float(reactions(loud)["seen"]) > 2
     targets = adaptive.own_targets(step, keep=1.0)
     torch.testing.assert_close(targets, unit(step.clean_target))
     reference = unit(unit(step.references).mean(dim=0))

@@ -16,7 +16,7 @@ from pipelines.data import load_images
 from sanitize.attacks import tiny_clip
 from sanitize.attacks.backdoor import unit
 from sanitize.attacks.evaluation import EncoderOutputs, report
-from sanitize.attacks.triggers import FrequencyTrigger
+from sanitize.attacks.triggers import FrequencyTrigger, make_trigger
 from sanitize.config import EncoderSpec
 from sanitize.config_loading import load_encoder_spec, load_yaml
 from sanitize.errors import ConfigError
@@ -58,6 +58,7 @@ def write_config(tmp_path, encoder_yaml):
         "adaptive": ssl | {"trigger": patch, "adaptive": tuned},
         "evade": ssl | {"trigger": patch, "evade": tuned},
         "predictive": ssl | {"trigger": patch, "predictive": tuned},
+        "informed": ssl | {"trigger": patch, "informed": tuned | {"predict": 0.1, "optimise": {"steps": 2}}},
         "photos": photos | {"trigger": patch, "target": 4, "evade": tuned, "control": tuned},
         "ctrl": ssl | {"trigger": frequency, "ctrl": {"rate": 0.1}},
         "clip_text": clip | {"trigger": patch},
@@ -177,6 +178,16 @@ def test_the_published_page_shows_the_published_table():
     assert {r.attack for r in rows if r.preset == "cpu"} == {p.stem.removeprefix("red_team_") for p in CONFIGS}
 
 
+def test_a_trigger_that_its_attacker_optimised_is_found_in_the_folder_of_the_victim(write_config, tmp_path):
+    folder, _ = red_team.make(write_config("informed"), "cpu", str(tmp_path / "zoo"))
+    config = json.loads((Path(folder) / "truth.json").read_text())["config"]
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    optimised, asked = red_team.trigger_of(folder, config)(images), make_trigger(config["trigger"])(images)
+    changed = (optimised != asked).any(dim=1).sum(dim=(1, 2))
+    assert changed.tolist() == [25, 25]  # the place of the square of side 5
+    assert torch.equal((optimised != images).any(dim=1), (asked != images).any(dim=1))
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_attack_has_a_cpu_and_a_gpu_preset(path):
     assert set(load_yaml(str(path))["presets"]) == set(red_team.PRESETS)
@@ -191,7 +202,7 @@ def test_every_attack_has_a_cpu_and_a_gpu_preset(path):
         (
             "badencoder",
             {"attack": "badnet"},
-            "attack: 'badnet' is not one of badencoder, drupe, ctrl, adaptive, evade, predictive, clip_text, badclip, photos",
+            "attack: 'badnet' is not one of badencoder, drupe, ctrl, adaptive, evade, predictive, informed, clip_text, badclip, photos",
         ),
         ("badencoder", {"drupe": {"epochs": 3}}, "needs the block `badencoder` and no other attack's"),
         ("badencoder", {"trigger": {"name": "star"}}, "trigger star: not known. Use one of patch"),
