@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from pipelines import benchmark_page, page, red_team
+from pipelines import benchmark_page, frontier, page, red_team
 from pipelines.benchmark_config import BenchmarkConfig, DetectorConfig, VictimConfig
 from pipelines.benchmark_scores import DetectorScores, Floats, Victim, decided, fit_scorer, score_victim
 from pipelines.command_line import command_line
@@ -45,7 +45,7 @@ def run(config: BenchmarkConfig) -> list[Row]:
             if settings.only.allows(victim.name, aux, seed):
                 rows += measure(config, victim, aux, seed, detector, settings)
         if rows:  # detectors may leave cases out
-            page.write_csv(config.table, rows)
+            page.write_csv(config.table, frontier.lines(config, rows) if config.frontier else rows)
     return rows
 
 
@@ -334,9 +334,10 @@ def main(config: str, markdown_page: str) -> None:
         settings = from_mapping(BenchmarkConfig, load_yaml(config), config)
         rows = run(settings)
         if settings.section:
-            if markdown_page:
-                table = benchmark_page.undetected if settings.undetected else benchmark_page.summary
-                page.replace(markdown_page, settings.section, table(rows, rows[0]["aux"]))
+            if markdown_page and settings.frontier:
+                frontier.publish(settings, rows, markdown_page)
+            elif markdown_page:
+                page.replace(markdown_page, settings.section, benchmark_page.summary(rows, rows[0]["aux"]))
             return
         page.write_csv(settings.table.replace(".csv", "_by_class.csv"), by_class(settings))
         page.write_csv(settings.table.replace(".csv", "_clean_scans.csv"), clean_scans(settings))

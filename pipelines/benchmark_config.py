@@ -15,7 +15,8 @@ from sanitize.stages.scoring import SCORERS
 class VictimConfig:
     """config: a red-team YAML, overlaid with `settings`; or folder: of an imported victim (import_victim.py). test, auxiliary:
     shards; "shapes" in place of a path means procedural images. first_seed_only: auxiliary sets that are measured with the first
-    seed only."""
+    seed only. attacker, weight, knows: what the victim is in a study of attackers (frontier.py): who made it, how much he weighs hiding,
+    and the detectors that he hides from."""
 
     test: str
     auxiliary: dict[str, str]
@@ -23,6 +24,9 @@ class VictimConfig:
     folder: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     first_seed_only: tuple[str, ...] = ()
+    attacker: str = ""
+    weight: float = 0.0
+    knows: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check(bool(self.config) != bool(self.folder), "give either `config`, a red-team YAML, or `folder`, not both.")
@@ -97,7 +101,7 @@ class BenchmarkConfig:
     poisoned_auxiliary: share of triggered images in the extra auxiliary set "poisoned", made from the first; 0 = none
     seeds: of the fit, the calibration split and the draw of the pools
     curves: detectors whose ROC curves are plotted beside the default's
-    section: of a smaller study: the only part of the page that it writes; undetected: its table is `benchmark_page.undetected`
+    section: of a smaller study: the only part of the page that it writes; frontier: its tables and plot are those of frontier.py
     """
 
     out: str
@@ -115,8 +119,11 @@ class BenchmarkConfig:
     fit: dict[str, Any] = field(default_factory=dict)
     curves: tuple[str, ...] = ()
     section: str = ""
-    undetected: bool = False
+    frontier: bool = False
 
     def __post_init__(self) -> None:
         for name in (self.default, *self.curves):
             check(name in self.detectors, f"{name!r} is not among the detectors.")
+        for victim, values in self.victims.items():
+            unknown = [name for name in values.knows if name not in self.detectors]
+            check(not unknown, f"victims.{victim}.knows: {', '.join(unknown)}: not among the detectors.")

@@ -26,25 +26,6 @@ def summary(rows: Sequence[Row], aux: str) -> str:
     return page.table(["detector", *attacks], lines)
 
 
-def undetected(rows: Sequence[Row], aux: str) -> str:
-    """Of one auxiliary set: undetected success, attack success x (1 - TPR at 1 % FPR), in balanced pools, mean over seeds. What an attacker
-    has left whose triggered images are looked for; a line for each attack."""
-    rows = [row for row in rows if row["aux"] == aux and row["poison_rate"] == BALANCED]
-    attacks, detectors = (list(dict.fromkeys(row[name] for row in rows)) for name in ("attack", "detector"))
-
-    def left(attack: str, detector: str) -> str:
-        found = [r["asr"] * (1 - r["tpr_at_1pct"]) for r in rows if (r["attack"], r["detector"]) == (attack, detector)]
-        return f"{np.mean(found):.3f}" if found else "-"
-
-    cost = {row["attack"]: f"{row['backdoored_accuracy'] - row['clean_accuracy']:+.3f}" for row in rows}
-    success = {row["attack"]: f"{row['asr']:.3f}" for row in rows}
-    lines = [
-        [attack, cost[attack], success[attack], *(left(attack, detector) for detector in detectors)]
-        for attack in attacks
-    ]
-    return page.table(["attack", "accuracy", "success", *detectors], lines)
-
-
 def _cell(rows: Sequence[Row]) -> str:
     if not rows:
         return "-"

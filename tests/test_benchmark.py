@@ -90,12 +90,6 @@ def test_every_detector_gets_a_row_for_every_auxiliary_set_and_rate_and_the_page
     }
     assert all(r["images"] == 60 and 0 <= r["low"] <= r["removed"] <= r["high"] <= 1 for r in clean)
     assert benchmark_page.summary(rows, "id").count("| reaction |") == 1
-    left = {
-        r["detector"]: r["asr"] * (1 - r["tpr_at_1pct"]) for r in rows if (r["aux"], r["poison_rate"]) == ("id", 0.5)
-    }
-    cost = rows[0]["backdoored_accuracy"] - rows[0]["clean_accuracy"]
-    line = " | ".join(["tiny", f"{cost:+.3f}", f"{rows[0]['asr']:.3f}", *(f"{left[name]:.3f}" for name in DETECTORS)])
-    assert f"| {line} |" in benchmark_page.undetected(rows, "id")
     benchmark.write_plots(study, tmp_path / "plots", rows)
     assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == [
         "table_cost.png",
