@@ -176,7 +176,7 @@ def test_agreement_joins_the_decisions_of_a_larger_scan_by_itself_and_is_taken_b
     here = tree_bytes(Path(out))
     clean(out, ThresholdPolicy(agreement=False), force=True)
     assert storage.read_json(f"{out}/summary.json")["scores"] == "as scored"
-    clean(out, ThresholdPolicy(), force=True, resources=Resources(workers=2, cpus=1, gpus=0))
+    clean(out, ThresholdPolicy(), force=True, resources=Resources(2, 1, 0))
     assert tree_bytes(Path(out)) == here
 
 
@@ -195,8 +195,7 @@ def test_agreement_joins_the_decisions_of_a_small_scan_on_request_and_the_scan_s
 
 
 def test_fewer_of_other_clean_images_are_lost_when_pass_2_adapts_the_evidence(with_student, tmp_path):
-    out = str(tmp_path / "out")
-    shards = write_dim(tmp_path / "in")
+    out, shards = str(tmp_path / "out"), write_dim(tmp_path / "in")
     scan(ScanConfig((str(shards),), with_student, out, precision="fp32", workers=0, scores_only=True))
     results = {}
     for adapt, agreement in itertools.product((False, True), repeat=2):
