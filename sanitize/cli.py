@@ -200,7 +200,7 @@ def finetune(shards: tuple[str, ...], config: str, settings: tuple[str, ...], **
 
 @main.command()
 @click.argument("scanned", nargs=-1)
-@click.option("--workers", default=0, show_default=True, help="Ray workers that copy; 0 = this process")
+@click.option("--workers", default=0, show_default=True, help="Ray workers that decide and copy; 0 = this process")
 @click.option("--address", default="", help="Ray cluster to join")
 @click.option("--config", default="", help="YAML whose scan.policy counts [default: sanitize.yaml if it is here]")
 @click.option("--dry-run", is_flag=True, help="Say what would be kept; write nothing")

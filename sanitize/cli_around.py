@@ -140,7 +140,7 @@ def export(scanned: str, out: str, **options: Any) -> None:
 @click.option("--by", default="", help="Who decides; recorded")
 @click.option("--note", default="", help="Why; recorded, and the reason in the decisions")
 @click.option("--release-unscored", is_flag=True, help="Also release samples that have no score")
-@click.option("--workers", default=0, show_default=True, help="Ray workers that copy; 0 = this process")
+@click.option("--workers", default=0, show_default=True, help="Ray workers that decide and copy; 0 = this process")
 @click.option("--address", default="", help="Ray cluster to join")
 def review(scanned: str, workers: int, address: str, **options: Any) -> None:
     """A person's word over the score: recorded, and decisions and clean shards follow. Later `clean` and `scan` keep to it.

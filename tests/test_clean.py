@@ -11,6 +11,7 @@ from sanitize.commands.scan import scan
 from sanitize.commands.verify import verify
 from sanitize.config import ThresholdPolicy
 from sanitize.errors import RefusedError
+from sanitize.runtime import Resources
 
 # ---------------------------------------------------------------- clean again
 
@@ -25,6 +26,17 @@ def test_another_threshold_rereads_scores_only(shards, scan_config, tmp_path):
     assert verify(str(out)).problems == ()
     scan(scan_config(shards, out="fresh", policy=ThresholdPolicy("fraction", fraction=0.4)))
     assert tree_bytes(out) == tree_bytes(tmp_path / "fresh")
+
+
+def test_workers_decide_in_a_folder_that_is_named_by_a_relative_path(
+    shards, scan_config, tmp_path, ray_cluster, monkeypatch
+):
+    scan(scan_config(shards, scores_only=True))
+    monkeypatch.chdir(tmp_path)
+    policy = ThresholdPolicy("fraction", fraction=0.2)
+    assert clean("scanned", policy, resources=Resources(workers=2, cpus=1, gpus=0)).kept == 54 - 11
+    scan(scan_config(shards, out="here", policy=policy))
+    assert tree_bytes(tmp_path / "scanned") == tree_bytes(tmp_path / "here")
 
 
 def test_fdr_says_when_the_calibration_set_is_too_small_to_remove_anything(shards, scan_config, tmp_path, caplog):

@@ -75,8 +75,7 @@ def clean_together(
         ScanFolder(out).run()  # is there a scan?
         if sum(storage.real(other) == storage.real(out) for other in outs) > 1:
             raise ConfigError(f"{out}: is given twice. Name each scan once.")
-    resources = resources or runtime.plan(0, 0, -1, 1)
-    with folder_locks(outs, "clean"), runtime.session_for(resources, address):
+    with folder_locks(outs, "clean"):
         return decide_and_split(
             outs, policy, force=force, resources=resources, address=address, ignore_reviews=ignore_reviews
         )
@@ -92,7 +91,7 @@ def decide_and_split(
     policy: ThresholdPolicy,
     *,
     force: bool,
-    resources: Resources,
+    resources: Resources | None,
     address: str,
     ignore_reviews: bool = False,
 ) -> list[CleanResult]:
@@ -104,12 +103,14 @@ def decide_and_split(
     if all(finished):
         log.info("clean: all %d shards were split before", sum(len(scan.markers) for scan in scans))
         return [result for result in finished if result]
+    resources = resources or runtime.plan(0, 0, -1, 1)
     score_all = partial(_scores_on_workers, resources, address) if resources.workers else scores_of_all
-    rule, results = find_rule(scans, policy, force, score_all)
-    return [
-        _split_all(scan, scans, policy, replace(rule, words=scan.words), result, resources, address, ignore_reviews)
-        for scan, result in zip(scans, results, strict=True)
-    ]
+    with runtime.session_for(resources, address):
+        rule, results = find_rule(scans, policy, force, score_all)
+        return [
+            _split_all(scan, scans, policy, replace(rule, words=scan.words), result, resources, address, ignore_reviews)
+            for scan, result in zip(scans, results, strict=True)
+        ]
 
 
 def _finished(
@@ -138,7 +139,7 @@ def _finished(
 
 def _scores_on_workers(resources: Resources, address: str, adapter: ScoreAdapter, samples: Mapping[str, int]) -> Floats:
     """What `scores_of_all` gives, computed by the workers: each takes whole score files."""
-    files = [Shard(path, path, count) for path, count in samples.items()]
+    files = [Shard(storage.absolute(path), path, count) for path, count in samples.items()]
     at_once = 1 if all(storage.is_local(path) for path in samples) else storage.READ_AHEAD
     found: dict[str, Floats] = {}
     with ProgressDisplay("decide", len(files), sum(samples.values())) as display:

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sanitize import runtime, storage
+from sanitize import storage
 from sanitize.artifacts.folder_lock import folder_locks
 from sanitize.artifacts.review_files import AskedFor, read_review_file
 from sanitize.artifacts.reviews import (
@@ -89,8 +89,7 @@ def review(
     )
     folder = ScanFolder(out)
     folder.run()  # is there a scan?
-    resources = resources or runtime.plan(0, 0, -1, 1)
-    with folder_locks([out, *_together(folder)], "review"), runtime.session_for(resources, address):
+    with folder_locks([out, *_together(folder)], "review"):
         summary = folder.summary()
         known = read_reviews(folder, summary)
         if last := _repeated(known, asked, by, note):

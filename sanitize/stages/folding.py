@@ -55,9 +55,8 @@ def _fold(backbone: nn.Module) -> fx.GraphModule:
         convolution = _layer(module, before)
         if isinstance(convolution, nn.Conv2d) and calls[before.target] == 1 and len(before.users) == 1:
             module.set_submodule(before.target, fuse_conv_bn_eval(convolution, norm))
-            module.set_submodule(
-                node.target, getattr(norm, "act", nn.Identity())
-            )  # timm's norms end with an activation
+            activation = getattr(norm, "act", nn.Identity())  # timm's norms end with one
+            module.set_submodule(node.target, activation)
     return module.requires_grad_(False)
 
 
