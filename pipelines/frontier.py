@@ -92,10 +92,10 @@ def write_plot(path: Path, found: Sequence[Row]) -> None:
                 label = {} if position else {"label": attacker}
                 axes.plot(x, y, "o", color=colour, markerfacecolor="white" if hollow else colour, **label)
         axes.set(title=kind, xlabel="accuracy lost (points)", ylabel="undetected success")
-        axes.set_ylim(bottom=0)
     for axes in panels[len(kinds) :]:
         axes.set_axis_off()
-    figure.axes[0].legend(fontsize=8)
+    panels[0].set_ylim(0, 1.05 * max(row["undetected_success"] for row in balanced))
+    panels[0].legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=70, metadata={"Software": None})
 

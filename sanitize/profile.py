@@ -1,7 +1,7 @@
 """Where the seconds of a scan go: each worker has one Profile, and the stages time themselves by it.
 
-Reading and decoding run in threads beside the model, so the seconds of stages add up to more than those of the clock. What the model's
-thread does, one thing after the other, adds up to its time: the largest of these is what bounds the run.
+Reading, decoding and resizing run in threads beside the model, so the seconds of stages add up to more than those of the clock. What the
+model's thread does, one thing after the other, adds up to its time: the largest of these is what bounds the run.
 """
 
 import dataclasses
@@ -24,10 +24,11 @@ class StageSeconds:
     Thread-seconds beside the model:
     read                from storage, unpack, hash, find the samples
     decode              hash each image and decode it
+    resize              to the encoder's size
 
     Of the model's thread:
     waiting_for_read, waiting_for_decode    until the next image is there
-    resize              the images of a batch, and their way to the device
+    transfer            the images of a batch become one tensor on the device
     encoder             all its passes, and those of a reference encoder
     scoring             what else the scorer does
     model               these three together, where a GPU was not asked for them apart: it works on while this thread goes on
@@ -36,9 +37,10 @@ class StageSeconds:
 
     read: float = 0.0
     decode: float = 0.0
+    resize: float = 0.0
     waiting_for_read: float = 0.0
     waiting_for_decode: float = 0.0
-    resize: float = 0.0
+    transfer: float = 0.0
     encoder: float = 0.0
     scoring: float = 0.0
     model: float = 0.0
@@ -65,13 +67,13 @@ STAGES = tuple(field.name for field in dataclasses.fields(StageSeconds))
 BOUND_BY = {  # stages of the model's thread → what it means that most time goes there
     "waiting_for_read": "reading",
     "waiting_for_decode": "decode",
-    "resize": "resizing",
+    "transfer": "moving images",
     "encoder": "the encoder",
     "scoring": "scoring",
     "model": "the model",
     "write": "writing",
 }
-_OF_THE_DEVICE = ("resize", "encoder", "scoring")
+_OF_THE_DEVICE = ("transfer", "encoder", "scoring")
 _NOWHERE = ""
 
 

@@ -152,7 +152,7 @@ def test_an_image_that_cannot_be_decoded_is_listed_without_a_file(scan_config, t
     row = next(row for row in rows_of(tmp_path / "out") if row["key"] == "x")
     assert (result.samples, result.images, result.failed) == (4, 3, ())
     assert (row["file"], row["keep"], row["embedding"]) == (None, False, None)
-    assert "UnidentifiedImageError" in row["missing"]
+    assert "not an image in any of the formats" in row["missing"]
 
 
 def test_samples_of_a_shard_that_is_gone_are_listed_without_image_and_it_is_named(sanitize, scanned, shards, tmp_path):

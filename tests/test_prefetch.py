@@ -6,7 +6,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from builders import encoded, random_image
+import torch
+from builders import SPEC, encoded, random_image
 
 from sanitize.records import Sample
 from sanitize.stages import prefetch
@@ -48,6 +49,16 @@ def test_a_batch_ends_where_it_has_enough_pixels(monkeypatch):
     monkeypatch.setattr(prefetch, "PIXELS", 2 * 64 * 64)
     batches = list(image_batches(samples([flat(64)] * 5), 10, 2))
     assert [len(batch) for batch in batches] == [2, 2, 1]
+
+
+def test_images_come_at_the_encoder_s_size_and_hold_no_more_than_that(monkeypatch):
+    monkeypatch.setattr(prefetch, "PIXELS", 3 * SPEC.image_size**2)
+    sides = [200, 8, 64, SPEC.image_size, 100]
+    batches = list(image_batches(samples(map(flat, sides)), 10, 2, SPEC))
+    assert [len(batch) for batch in batches] == [3, 2]
+    found = [image for batch in batches for image in batch]
+    assert [image.width for image in found] == sides  # as they are stored
+    assert all(image.pixels.shape == torch.Size([3, SPEC.image_size, SPEC.image_size]) for image in found)
 
 
 def test_an_image_larger_than_the_limit_is_decoded_alone(monkeypatch):

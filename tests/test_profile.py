@@ -33,14 +33,14 @@ def test_a_stage_does_not_count_what_stages_inside_it_take(clock):
         clock.now += 1
         with profile.of("encoder"):
             clock.now += 10
-            with profile.of("resize"):
+            with profile.of("transfer"):
                 clock.now += 100
         with profile.pause():
             clock.now += 1000
         with profile.of("encoder"):
             clock.now += 20
         clock.now += 2
-    assert profile.seconds == StageSeconds(scoring=3, encoder=30, resize=100)
+    assert profile.seconds == StageSeconds(scoring=3, encoder=30, transfer=100)
 
 
 def test_getting_items_counts_and_working_on_them_does_not(clock):
@@ -147,7 +147,7 @@ def slow(clock, threads: set[str]):
 
 def test_reading_is_timed_where_it_happens(clock):
     profile, threads = Profile(), set[str]()
-    assert [len(batch) for batch in image_batches(slow(clock, threads), 2, 1, profile)] == [2, 2]
+    assert [len(batch) for batch in image_batches(slow(clock, threads), 2, 1, profile=profile)] == [2, 2]
     assert threads == {"read-shard"}
     assert profile.seconds.read == 4
 
@@ -177,12 +177,13 @@ def test_a_scan_writes_the_seconds_of_every_shard_and_of_all(shards, scan_config
 
 
 def test_rates_are_of_one_thread_and_of_a_whole_worker():
-    seconds = StageSeconds(read=1, decode=8, waiting_for_decode=2, resize=1, encoder=4, scoring=2, write=1)
+    seconds = StageSeconds(read=1, decode=8, resize=2, waiting_for_decode=2, transfer=1, encoder=4, scoring=2, write=1)
     found = ScanProfile.of({"b": ShardProfile(30, seconds), "a": ShardProfile(10, StageSeconds())})
     assert found.images_per_second == {
         "read": 40,
         "decode": 5,
-        "resize": 40,
+        "resize": 20,
+        "transfer": 40,
         "encoder": 10,
         "scoring": 20,
         "write": 40,

@@ -250,7 +250,7 @@ class ScoreTask:
                 ScoreWriter(target, {"shard": shard.stem} | metadata) as writer,
             ):
                 reader = ShardReader(file, shard, image_member=self.image_member, caption_member=self.caption_member)
-                for decoded in image_batches(reader.samples(), self.batch_size, threads, profile):
+                for decoded in image_batches(reader.samples(), self.batch_size, threads, scorer.encoder.spec, profile):
                     columns = scorer([image for image in decoded if image.pixels is not None])
                     table = rows(shard.stem, decoded, columns, calibration)
                     writer.add(table)

@@ -1,32 +1,38 @@
-"""Samples → batches of decoded images, read and decoded ahead by threads while the model works."""
+"""Samples → batches of decoded images, read, decoded and resized ahead by threads while the model works."""
 
 import contextlib
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import TypeVar
 
+from sanitize.config import EncoderSpec
 from sanitize.profile import Profile
 from sanitize.records import DecodedImage, Sample
-from sanitize.stages.images import decode_sample
+from sanitize.stages.images import decode_sample, resized
 
 T = TypeVar("T")
 AHEAD = 3  # batches in memory: one in the model, two on the way
-PIXELS = 1 << 27  # decoded ahead, and as many in a batch: 400 MB as RGB; one image alone may have more
+PIXELS = 1 << 27  # held ahead, and as many in a batch: 400 MB as RGB; one image alone may have more
 
 
 def image_batches(
-    samples: Iterable[Sample], batch_size: int, threads: int, profile: Profile | None = None
+    samples: Iterable[Sample],
+    batch_size: int,
+    threads: int,
+    spec: EncoderSpec | None = None,
+    profile: Profile | None = None,
 ) -> Iterator[list[DecodedImage]]:
     """Images in sample order, `batch_size` at a time; fewer in the last batch, and where they are so large that a batch
-    reaches PIXELS. Reading happens in a thread of its own.
+    reaches PIXELS. Reading happens in a thread of its own. spec: of the encoder at whose size they come; None = as they are.
 
     Errors of the reader surface here. Memory: AHEAD batches of undecoded images, PIXELS decoded ones and one batch.
     """
     batch: list[DecodedImage] = []
     size = 0
-    with contextlib.closing(decode_ahead(samples, AHEAD * batch_size, threads, profile)) as decoded:
+    with contextlib.closing(decode_ahead(samples, AHEAD * batch_size, threads, spec, profile)) as decoded:
         for image in decoded:
             batch.append(image)
             size += _pixels(image)
@@ -38,11 +44,11 @@ def image_batches(
 
 
 def _pixels(image: DecodedImage) -> int:
-    return image.width * image.height if image.pixels is not None else 0
+    return image.pixels[0].numel() if image.pixels is not None else 0
 
 
 def decode_ahead(
-    samples: Iterable[Sample], ahead: int, threads: int, profile: Profile | None = None
+    samples: Iterable[Sample], ahead: int, threads: int, spec: EncoderSpec | None = None, profile: Profile | None = None
 ) -> Generator[DecodedImage, None, None]:
     """Images in sample order, up to `ahead` of them read, and up to PIXELS of them decoded, before they are asked for."""
     timed = profile or Profile()
@@ -54,7 +60,7 @@ def decode_ahead(
         last: BaseException | None = None
         try:
             for turn, sample in enumerate(timed.each("read", samples)):
-                _put(ready, pool.submit(_decode, sample, turn, budget, timed), stop)
+                _put(ready, pool.submit(_decode, sample, turn, budget, spec, timed), stop)
                 if stop.is_set():
                     return
         except BaseException as error:  # handed to the consumer, which raises it
@@ -121,7 +127,9 @@ class _PixelBudget:
             self._changed.notify_all()
 
 
-def _decode(sample: Sample, turn: int, budget: _PixelBudget, profile: Profile) -> DecodedImage:
+def _decode(
+    sample: Sample, turn: int, budget: _PixelBudget, spec: EncoderSpec | None, profile: Profile
+) -> DecodedImage:
     taken: list[int] = []
 
     def take(pixels: int) -> None:
@@ -131,9 +139,12 @@ def _decode(sample: Sample, turn: int, budget: _PixelBudget, profile: Profile) -
 
     with profile.of("decode"):
         image = decode_sample(sample, before_decoding=take)
+    if spec and image.pixels is not None:
+        with profile.of("resize"):
+            image = replace(image, pixels=resized(image.pixels, spec.image_size, spec.resize))
     if not taken:
         budget.take(turn, 0)
-    elif (held := _pixels(image)) != taken[0]:  # it failed while it was decoded
+    elif (held := _pixels(image)) != taken[0]:  # it failed while it was decoded, or has another size now
         budget.give_back(taken[0] - held)
     return image
 

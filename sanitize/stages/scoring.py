@@ -254,7 +254,7 @@ class Scorer:
         """images (B, 3, S, S) in [0, 1] and raw embeddings (B, D), both float32 on the device."""
         spec = self.encoder.spec
         pixels = [image.pixels for image in decoded if image.pixels is not None]
-        with self.profile.of("resize"):
+        with self.profile.of("transfer"):
             images = to_batch(pixels, spec.image_size, spec.resize, self.device)
         return images, self._embed(self.encoder, images)
 

@@ -68,7 +68,7 @@ class StatisticsTask:
         with open_shard(shard) as file:
             reader = ShardReader(file, shard, image_member=self.image_member)
             chosen = (s for s in reader.samples() if s.image and hashlib.sha256(s.image).hexdigest() in wanted)
-            for decoded in image_batches(chosen, self.batch_size, threads):
+            for decoded in image_batches(chosen, self.batch_size, threads, encoder.spec):
                 rows = self._statistics([image.pixels for image in decoded if image.pixels is not None], encoder, known)
                 found |= {image.sha256: row for image, row in zip(decoded, rows, strict=True)}
                 progress(len(found), 0, reader.stored_bytes(decoded[-1].end))

@@ -77,7 +77,7 @@ class EmbedTask:
         with open_shard(shard) as file:
             reader = ShardReader(file, shard, image_member=self.image_member)
             done = 0
-            for decoded in image_batches(reader.samples(), self.batch_size, threads):
+            for decoded in image_batches(reader.samples(), self.batch_size, threads, spec):
                 usable = [p for p in decoded if p.pixels is not None]
                 if usable:
                     images = to_batch(
@@ -90,7 +90,7 @@ class EmbedTask:
                         "index": torch.tensor([p.index for p in usable]),
                     }
                     if self.image_size:
-                        columns["images"] = shrink(images, self.image_size).half().cpu()
+                        columns["images"] = shrink(images, self.image_size).half().cpu().contiguous()
                     yield columns
                 done += len(decoded)
                 progress(done, 0, reader.stored_bytes(decoded[-1].end))

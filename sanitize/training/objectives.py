@@ -123,7 +123,7 @@ class Stream:
         self.samples = len(data)
         self.steps = steps_of(self.samples, config.batch_size)
         self._captions = config.caption_member if config.mode == "contrastive" else ""
-        self._threads = threads
+        self._threads, self._spec = threads, config.encoder
         parts = config.accumulate if training else 1
         buffer = config.shuffle_buffer if training else 0
         self._order = Order(min(config.lanes, self.samples), self.steps * parts, buffer, config.seed)
@@ -135,7 +135,7 @@ class Stream:
         ahead = max(1, AHEAD * self._parts * max(sizes, default=1))
         with (
             contextlib.closing(samples),
-            contextlib.closing(decode_ahead(samples, ahead, self._threads)) as decoded,
+            contextlib.closing(decode_ahead(samples, ahead, self._threads, self._spec)) as decoded,
         ):
             for begin in range(0, len(sizes), self._parts):
                 read = [list(itertools.islice(decoded, size)) for size in sizes[begin : begin + self._parts]]

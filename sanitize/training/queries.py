@@ -88,7 +88,7 @@ class QueryTask:
         with open_shard(shard) as file:
             reader = ShardReader(file, shard, image_member=self.image_member)
             chosen = (s for s in reader.samples() if s.image and hashlib.sha256(s.image).hexdigest() in wanted)
-            for decoded in image_batches(chosen, max(self.batch_size // self.views, 1), threads):
+            for decoded in image_batches(chosen, max(self.batch_size // self.views, 1), threads, spec):
                 usable = [image for image in decoded if image.pixels is not None]
                 if usable:
                     pixels = [image.pixels for image in usable if image.pixels is not None]
