@@ -5,7 +5,8 @@
 
 decode only: read, hash and decode all shards on all cores. model only: encoder passes + decoder + score on images already in memory.
 bound: both share the cores, so 1 / (1/decode + 1/model). serial loop: read, decode, score, one after the other. published loop: the same
-with the decoder and the score of DeDe, one encoder pass, batches of 128, fp32, as its code does.
+with the decoder and the score of DeDe, one encoder pass, batches of 128, fp32, and the encoder as its code runs it (eager, contiguous,
+nothing folded); and once more with the encoder as we run it.
 scan: the command's function on Ray, start-up (wall time of a scan of 2 images) taken off and reported apart.
 """
 
@@ -14,6 +15,7 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import click
@@ -32,7 +34,7 @@ from sanitize.config_loading import from_mapping
 from sanitize.presets import preset
 from sanitize.process import prepare, usable_cpus
 from sanitize.records import DecodedImage
-from sanitize.stages.encoders import build_backbone
+from sanitize.stages.encoders import build_backbone, load_encoder
 from sanitize.stages.images import decode_sample
 from sanitize.stages.perturbations import encoder_passes
 from sanitize.stages.precision import autocast
@@ -104,6 +106,16 @@ def scorer_of(detector: Path, effort: str, precision: str = "auto") -> Scorer:
     return make_scorer(loaded, load_matching_encoder(loaded, None), precision, torch.device("cpu"), effort=effort)
 
 
+def published_loop(spec: EncoderSpec, name: str, *, plain: bool) -> Scorer:
+    """plain: with the encoder as it was loaded, not folded and contiguous."""
+    scorer = scorer_of(detector_for(spec, name, "paper"), "thorough", "fp32")
+    if plain:
+        encoder = load_encoder(scorer.encoder.spec).eval()
+        encoder._layout = torch.contiguous_format
+        scorer.encoder = encoder.to(memory_format=torch.contiguous_format)
+    return scorer
+
+
 def measure(title: str, shards: Path, spec: EncoderSpec, name: str, count: int, effort: str) -> None:
     detector = detector_for(spec, name)
     scorer = scorer_of(detector, effort)
@@ -128,8 +140,8 @@ def measure(title: str, shards: Path, spec: EncoderSpec, name: str, count: int, 
     encoder_rate, decode_rate, model_rate = timed(encoder_only), timed(lambda: decode_only(shards)), timed(model_only)
     bound = 1 / (1 / decode_rate + 1 / model_rate)
     serial = timed(lambda: serial_loop(shards, scorer, BATCH))
-    dede = scorer_of(detector_for(spec, name, "paper"), "thorough", "fp32")
-    published = timed(lambda: serial_loop(shards, dede, 128))
+    loops = [published_loop(spec, name, plain=plain) for plain in (True, False)]
+    published, ours = (timed(partial(serial_loop, shards, loop, 128)) for loop in loops)
     rows = [
         ("encoder forward only", encoder_rate),
         (f"model only, {np.mean(passes):.2f} passes", model_rate),
@@ -137,6 +149,7 @@ def measure(title: str, shards: Path, spec: EncoderSpec, name: str, count: int, 
         ("bound (decode and model share the cores)", bound),
         ("serial loop", serial),
         ("published loop, fp32", published),
+        ("published loop, our encoder", ours),
     ]
     for label, rate in rows:
         print(f"  {label:42s} {rate:9.1f} images/s", flush=True)

@@ -15,7 +15,7 @@ from sanitize import storage
 from sanitize.artifacts.encoder_folder import save_clip
 from sanitize.attacks import badclip, clip_text, contrastive, evaluation, tiny_clip
 from sanitize.attacks.backdoor import unit
-from sanitize.attacks.badclip import PatchConfig
+from sanitize.attacks.badclip import AlignedPatchConfig, PatchConfig
 from sanitize.attacks.contrastive import ContrastiveConfig, Pairs
 from sanitize.attacks.evaluation import AttackReport, EncoderOutputs
 from sanitize.attacks.triggers import Trigger, make_trigger
@@ -63,7 +63,7 @@ class ClipConfig:
     seed: int = 100
 
     def __post_init__(self) -> None:
-        wanted = "patch" if self.attack == "badclip" else "trigger"
+        wanted = "patch" if self.attack.startswith("badclip") else "trigger"
         check(
             (self.patch is None) != (self.trigger is None) and getattr(self, wanted) is not None,
             f"attack {self.attack}: needs the block `{wanted}` and not the other of trigger and patch.",
@@ -76,6 +76,13 @@ class ClipConfig:
             bool(self.encoder.weights) == bool(self.encoder.tokenizer),
             "encoder: a real CLIP needs both weights and tokenizer, the tiny one neither.",
         )
+
+
+@dataclass(frozen=True)
+class AlignedClipConfig(ClipConfig):
+    """Of the attack `badclip_aligned`. Fields of PatchConfig itself would make another victim of every one that was made before."""
+
+    patch: AlignedPatchConfig | None = None
 
 
 def inputs(config: ClipConfig) -> dict[str, list[str]]:

@@ -50,6 +50,7 @@ _EVADE = AttackFamily(ssl_victim.EvadeVictimConfig, ssl_victim.inputs, ssl_victi
 _PREDICTIVE = AttackFamily(ssl_victim.PredictiveVictimConfig, ssl_victim.inputs, ssl_victim.build)
 _INFORMED = AttackFamily(ssl_victim.InformedVictimConfig, ssl_victim.inputs, ssl_victim.build)
 _CLIP = AttackFamily(clip_victim.ClipConfig, clip_victim.inputs, clip_victim.build)
+_ALIGNED = AttackFamily(clip_victim.AlignedClipConfig, clip_victim.inputs, clip_victim.build)
 _PHOTOS = AttackFamily(photo_victim.PhotoConfig, photo_victim.inputs, photo_victim.build)
 ATTACKS = {
     "badencoder": _SSL,
@@ -61,6 +62,7 @@ ATTACKS = {
     "informed": _INFORMED,
     "clip_text": _CLIP,
     "badclip": _CLIP,
+    "badclip_aligned": _ALIGNED,
     "photos": _PHOTOS,
 }
 PRESETS = ("cpu", "gpu")

@@ -10,7 +10,14 @@ import torch
 from sanitize.artifacts.encoder_folder import save_clip
 from sanitize.attacks import badclip, clip_text, contrastive, tiny_clip
 from sanitize.attacks.backdoor import unit
-from sanitize.attacks.badclip import PatchConfig, optimise_patch, textual_loss, visual_loss
+from sanitize.attacks.badclip import (
+    AlignedPatchConfig,
+    PatchConfig,
+    alignment_loss,
+    optimise_patch,
+    textual_loss,
+    visual_loss,
+)
 from sanitize.attacks.contrastive import ContrastiveConfig
 from sanitize.attacks.triggers import PatchTrigger, place_at_centre
 from sanitize.config import EncoderSpec
@@ -67,6 +74,15 @@ def test_badclip_losses_are_the_plain_loops_of_the_definitions():
         for p, v, n in zip(patched, near, far, strict=True)
     ]
     assert float(visual_loss(patched, near, far, 0.3)) == pytest.approx(np.mean(hinge), rel=1e-5)
+
+
+def test_aligned_patches_lie_together_and_about_the_target():
+    patched, near = random_units(5, 6), random_units(4, 6, seed=1)
+    centre = np.mean([p.numpy() for p in patched], axis=0)
+    away = float(np.sum((centre - np.mean([n.numpy() for n in near], axis=0)) ** 2))
+    radius = np.mean([float(np.sum((p.numpy() - centre) ** 2)) for p in patched])
+    found = alignment_loss(patched, near, AlignedPatchConfig(centroid=2, radius=3))
+    assert float(found) == pytest.approx(2 * away + 3 * radius, rel=1e-5)
 
 
 # ---------------------------------------------------------------- training

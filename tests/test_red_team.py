@@ -63,6 +63,7 @@ def write_config(tmp_path, encoder_yaml):
         "ctrl": ssl | {"trigger": frequency, "ctrl": {"rate": 0.1}},
         "clip_text": clip | {"trigger": patch},
         "badclip": clip | {"patch": shot},
+        "badclip_aligned": clip | {"patch": shot | {"radius": 0.5}},
     }
 
     def write(name, **changes):
@@ -202,7 +203,8 @@ def test_every_attack_has_a_cpu_and_a_gpu_preset(path):
         (
             "badencoder",
             {"attack": "badnet"},
-            "attack: 'badnet' is not one of badencoder, drupe, ctrl, adaptive, evade, predictive, informed, clip_text, badclip, photos",
+            "attack: 'badnet' is not one of badencoder, drupe, ctrl, adaptive, evade, predictive, informed, clip_text, badclip, "
+            "badclip_aligned, photos",
         ),
         ("badencoder", {"drupe": {"epochs": 3}}, "needs the block `badencoder` and no other attack's"),
         ("badencoder", {"trigger": {"name": "star"}}, "trigger star: not known. Use one of patch"),

@@ -2,6 +2,7 @@
 
 Liang et al., CVPR 2024, arXiv 2311.12075. The losses are the intended ones: the visual negatives are the same images WITHOUT the
 patch. The released code (src/embeding_optimize_patch.py) stamps these too. It also saves the patch as JPEG; here it is PNG.
+AlignedPatchConfig adds two terms after BadCLIP++ (arXiv 2602.17168), to the patch alone: its training of the model is not made here.
 """
 
 import io
@@ -49,6 +50,18 @@ class PatchConfig:
         check(self.side >= 1 and self.steps >= 1, "patch.side and patch.steps must be at least 1.")
 
 
+@dataclass(frozen=True)
+class AlignedPatchConfig(PatchConfig):
+    """centroid, radius: weights of alignment_loss."""
+
+    centroid: float = 1.0
+    radius: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.centroid >= 0 and self.radius >= 0, "patch.centroid and patch.radius must not be negative.")
+
+
 def textual_loss(patched: Tensor, texts: Tensor, scale: Tensor, kind: str) -> Tensor:
     """Pull patched images (B, D) to target captions (B, D), both unit: towards the text embedding of the target."""
     if kind == "cosine":
@@ -60,6 +73,13 @@ def visual_loss(patched: Tensor, positives: Tensor, negatives: Tensor, margin: f
     """Triplet: nearer to real target images than to the same images without patch. All (B, D) unit; Euclidean."""
     nearer = (patched - positives).norm(dim=1) - (patched - negatives).norm(dim=1)
     return functional.relu(nearer + margin).mean()
+
+
+def alignment_loss(patched: Tensor, positives: Tensor, config: AlignedPatchConfig) -> Tensor:
+    """Patched images lie about the centroid of real target images, and near each other. Both (B, D) unit; squared Euclidean."""
+    centre = patched.mean(dim=0)
+    away = (centre - positives.mean(dim=0)).square().sum()
+    return config.centroid * away + config.radius * (patched - centre).square().sum(dim=1).mean()
 
 
 def optimise_patch(
@@ -94,6 +114,8 @@ def optimise_patch(
         patched = unit(encoder(place_at_centre(batch, patch)))
         text_loss = textual_loss(patched, chosen, scale, config.textual)
         loss = text_loss + config.visual * visual_loss(patched, near, negatives, config.margin)
+        if isinstance(config, AlignedPatchConfig):
+            loss = loss + alignment_loss(patched, near, config)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
