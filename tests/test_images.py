@@ -151,6 +151,20 @@ def test_rounding_after_resizing_hardly_moves_an_embedding():
     assert functional.cosine_similarity(ours, theirs).min() > 0.9999
 
 
+def test_a_cropped_image_does_not_keep_the_rest_of_it_in_memory():
+    wide = torch.randint(0, 256, (16, 4000, 3), dtype=torch.uint8).permute(2, 0, 1)
+    square = resized(wide, 16, "crop")
+    assert torch.equal(square, wide[:, :, 1992:2008])
+    assert square.untyped_storage().nbytes() == 3 * 16 * 16
+
+
+@pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 1), (5000, 3), (1, 1), (17, 300)])
+def test_images_of_any_shape_are_resized_to_what_floats_would_be_but_for_rounding(shape):
+    pixels = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8).permute(2, 0, 1)
+    exact = functional.interpolate(pixels[None].float(), (32, 32), mode="bilinear", antialias=True)[0]
+    assert (resized(pixels, 32, "squash") - exact).abs().max() < 1.6
+
+
 def test_squash_shows_the_border_that_crop_hides():
     image = torch.zeros(3, 16, 64, dtype=torch.uint8)
     image[:, :, -8:] = 255

@@ -61,6 +61,19 @@ def test_images_come_at_the_encoder_s_size_and_hold_no_more_than_that(monkeypatc
     assert all(image.pixels.shape == torch.Size([3, SPEC.image_size, SPEC.image_size]) for image in found)
 
 
+def test_what_a_small_image_becomes_counts_before_it_is_enlarged(monkeypatch):
+    """As many are decoded ahead as have room at the encoder's size, not at their own."""
+    monkeypatch.setattr(prefetch, "PIXELS", 4 * SPEC.image_size**2)
+    decoded = []
+    real = prefetch.resized
+    monkeypatch.setattr(prefetch, "resized", lambda *arguments: decoded.append(1) or real(*arguments))
+    images = decode_ahead(samples([flat(1)] * 40), ahead=40, threads=2, spec=SPEC)
+    next(images)
+    time.sleep(0.3)  # the threads would go on if they could
+    assert len(decoded) <= 5
+    assert sum(1 for _ in images) == 39
+
+
 def test_an_image_larger_than_the_limit_is_decoded_alone(monkeypatch):
     monkeypatch.setattr(prefetch, "PIXELS", 100)
     assert [len(b) for b in image_batches(samples([flat(64), flat(4), b"broken", flat(64)]), 8, 3)] == [1, 3]

@@ -53,9 +53,8 @@ class Encoder(nn.Module):
         self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        normalised = torch.addcmul(
-            -self.mean / self.std, images, 1 / self.std
-        )  # one pass over memory; two cost more than decoding
+        # (images - mean) / std in one pass over memory
+        normalised = torch.addcmul(-self.mean / self.std, images, 1 / self.std)
         embeddings: Tensor = self.backbone(normalised.contiguous(memory_format=self._layout))
         return embeddings.flatten(1).float()
 

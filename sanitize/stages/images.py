@@ -77,11 +77,14 @@ def _plain_jpeg(image: Image.Image, data: bytes) -> NDArray[np.uint8] | None:
     """(H, W, 3) of a JPEG of three components without a fault; None = leave it to Pillow, which says what is wrong, or puts up with it."""
     if image.format != "JPEG" or image.mode != "RGB":
         return None
+    room = np.empty((image.height, image.width, 3), np.uint8)  # the size that was checked: no file gets more
     try:
-        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False, strict=True)
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+            data, fastdct=False, fastupsample=False, strict=True, buffer=room
+        )
     except ValueError:
         return None
-    return pixels
+    return pixels if pixels.shape == room.shape else None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -98,13 +101,15 @@ def resized(pixels: Tensor, size: int, resize: str) -> Tensor:
 
     resize: "squash" shows the encoder the whole image, "crop" its central square.
     """
+    height, width = pixels.shape[-2:]
+    if (height, width) == (size, size):
+        return pixels
     if resize == "crop":
-        height, width = pixels.shape[-2:]
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
         pixels = pixels[:, top : top + side, left : left + side]
-    if pixels.shape[-2:] == (size, size):
-        return pixels
+        if side == size:
+            return pixels.clone()  # a view would keep the whole image in memory
     return shrink(pixels[None], size)[0]
 
 
@@ -120,9 +125,8 @@ def to_batch(pixels: Sequence[Tensor], size: int, resize: str, device: torch.dev
         for place, image in zip(images, seen, strict=True):
             place.copy_(image).div_(255)  # at once, while it is in the cache
         return images.permute(0, 3, 1, 2)
-    packed = torch.empty(
-        shape, dtype=torch.uint8, pin_memory=device.type == "cuda"
-    )  # torch lends the same memory again
+    # torch keeps pinned memory and lends it again
+    packed = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
     for place, image in zip(packed, seen, strict=True):
         place.copy_(image)
     return packed.to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)

@@ -131,8 +131,10 @@ def _decode(
     sample: Sample, turn: int, budget: _PixelBudget, spec: EncoderSpec | None, profile: Profile
 ) -> DecodedImage:
     taken: list[int] = []
+    least = spec.image_size**2 if spec else 0  # what a smaller image becomes
 
     def take(pixels: int) -> None:
+        pixels = max(pixels, least)
         with profile.pause():
             budget.take(turn, pixels)
         taken.append(pixels)
