@@ -18,7 +18,13 @@ from pipelines import red_team
 from pipelines.benchmark_config import BenchmarkConfig, DetectorConfig
 from pipelines.data import load_images
 from sanitize import runtime, storage
-from sanitize.artifacts.detector_folder import Detector, load_detector, load_matching_encoder, make_scorer
+from sanitize.artifacts.detector_folder import (
+    FORMAT_VERSION,
+    Detector,
+    load_detector,
+    load_matching_encoder,
+    make_scorer,
+)
 from sanitize.commands.fit import fit
 from sanitize.config import FitConfig
 from sanitize.config_loading import from_mapping, load_encoder_spec, overlay, to_mapping
@@ -33,6 +39,7 @@ from sanitize.stages.clean_reference import adapted, embedding_statistics
 from sanitize.stages.encoders import Encoder, embed_in_batches, load_encoder
 from sanitize.stages.evidence import AGREEMENT, PREDICTION, combination
 from sanitize.stages.evidence_adaptation import trusted_agreement, trusted_evidence, values_of
+from sanitize.stages.images import DECODE_PATH
 from sanitize.stages.perturbations import CHANGE_COLUMNS, encoder_passes
 
 Floats = NDArray[np.float32]
@@ -177,7 +184,7 @@ def fit_scorer(
     spec = load_encoder_spec(victim.encoders[kind])
     values = overlay(overlay(preset(settings.preset), config.fit), settings.fit)
     values |= {"scorer": settings.scorer, "limit": config.auxiliary_images, "seed": seed, "workers": 0}
-    identity = [storage.file_sha256(spec.weights), victim.auxiliary[aux], values]
+    identity = [storage.file_sha256(spec.weights), victim.auxiliary[aux], values, FORMAT_VERSION, DECODE_PATH]
     folder = Path(config.out) / "detectors" / storage.json_sha256(identity)[:12]
     timer = folder / "seconds.json"
     if not timer.exists():

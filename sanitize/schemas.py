@@ -153,7 +153,7 @@ def all_schemas() -> dict[str, Schema]:
         "fit": _written(
             "detector/fit.json",
             FitConfig,
-            {"encoder_fingerprint": TEXT, "inputs": TEXT_BY_STEM},
+            {"encoder_fingerprint": TEXT, "format_version": NUMBER, "decode_path": TEXT, "inputs": TEXT_BY_STEM},
             leave_out=fit.PLACEMENT,
         ),
         "scan_run": _written("scanned/run.json", Run),

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -204,6 +205,18 @@ def test_a_detector_of_another_version_is_refused(detector, tmp_path):
     (tmp_path / "detector.json").write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=r"written by another version of sanitize \(format 0"):
         detector_folder.load_detector(str(tmp_path))
+
+
+@pytest.mark.parametrize("key", ["format_version", "decode_path"])
+def test_what_another_version_began_is_not_gone_on_with(detector, aux_shards, encoder_spec, tmp_path, key):
+    """A detector that a scan refuses would else be called finished; a half-made one would mix pixels of both."""
+    shutil.copytree(detector, tmp_path / "d")
+    record = tmp_path / "d" / "fit.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {key: "old"}))
+    with pytest.raises(
+        RefusedError, match=rf"holds a fit that differs in {key}\. Give another --out, or delete the folder"
+    ):
+        fit(fit_config(aux_shards, encoder_spec, tmp_path / "d"))
 
 
 def test_the_encoder_is_found_from_another_working_folder(aux_shards, tmp_path, monkeypatch):

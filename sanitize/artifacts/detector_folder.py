@@ -163,7 +163,8 @@ def load_detector(folder: str) -> Detector:
     if values.get("format_version") != FORMAT_VERSION or values.get("decode_path") != DECODE_PATH:
         raise CheckpointError(
             f"{path}: written by another version of sanitize (format {values.get('format_version')}, decode path "
-            f"{values.get('decode_path')}; this one uses {FORMAT_VERSION}, {DECODE_PATH}). Run `sanitize fit` again."
+            f"{values.get('decode_path')}; this one uses {FORMAT_VERSION}, {DECODE_PATH}). Run `sanitize fit` "
+            "again with another --out, or delete this folder first."
         )
     description = from_mapping(Description, values, path)
     weights, calibration = (_checked(folder, name, description) for name in (WEIGHTS, CALIBRATION))

@@ -61,6 +61,6 @@ def remove_scaffolding(folder: str) -> None:
 
 
 def library_versions() -> dict[str, str]:
-    names = ("torch", "torchvision", "pillow", "pyarrow", "ray")
+    names = ("torch", "torchvision", "pillow", "simplejpeg", "pyarrow", "ray")
     versions = {name: importlib.metadata.version(name) for name in names}
     return versions | {"sanitize": sanitize.__version__, "python": platform.python_version()}

@@ -19,7 +19,7 @@ from torch.nn import functional
 from sanitize import plots, runtime, storage, workers
 from sanitize.artifacts import run_record
 from sanitize.artifacts.detector_description import FitSummary
-from sanitize.artifacts.detector_folder import DESCRIPTION, Detector, load_detector, save_detector
+from sanitize.artifacts.detector_folder import DESCRIPTION, FORMAT_VERSION, Detector, load_detector, save_detector
 from sanitize.artifacts.folder_lock import folder_lock
 from sanitize.config import FitConfig, ThresholdPolicy
 from sanitize.config_loading import to_mapping, with_absolute_paths
@@ -31,6 +31,7 @@ from sanitize.stages.clean_reference import CleanReference, fit_clean_reference
 from sanitize.stages.decoder import Decoder
 from sanitize.stages.encoders import Encoder, load_encoder
 from sanitize.stages.evidence import PREDICTION, REACTION, WHEREABOUTS, combination
+from sanitize.stages.images import DECODE_PATH
 from sanitize.stages.preprocessing import complete_spec
 from sanitize.stages.scoring import Floats, References, Scorer
 from sanitize.stages.shards import head_tails, list_shards
@@ -96,13 +97,17 @@ def fit(config: FitConfig) -> Detector:
 
 
 def _identity(config: FitConfig, fingerprint: str, shards: list[Shard]) -> dict[str, Any]:
-    """What makes this fit this fit: settings, encoder and inputs."""
+    """What makes this fit this fit: settings, encoder, code and inputs."""
     settings = {name: value for name, value in to_mapping(config).items() if name not in PLACEMENT}
     fingerprints = {
         "encoder_fingerprint": fingerprint,
         "reference_fingerprint": reference_fingerprint(config, fingerprint),
     }
-    return settings | fingerprints | {"inputs": head_tails(shards)}
+    code = {
+        "format_version": FORMAT_VERSION,
+        "decode_path": DECODE_PATH,
+    }  # what another version began, this one cannot go on with
+    return settings | fingerprints | code | {"inputs": head_tails(shards)}
 
 
 # ---------------------------------------------------------------- embedding
