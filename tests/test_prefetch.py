@@ -66,7 +66,12 @@ def test_what_a_small_image_becomes_counts_before_it_is_enlarged(monkeypatch):
     monkeypatch.setattr(prefetch, "PIXELS", 4 * SPEC.image_size**2)
     decoded = []
     real = prefetch.resized
-    monkeypatch.setattr(prefetch, "resized", lambda *arguments: decoded.append(1) or real(*arguments))
+
+    def noted(*arguments):
+        decoded.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr(prefetch, "resized", noted)
     images = decode_ahead(samples([flat(1)] * 40), ahead=40, threads=2, spec=SPEC)
     next(images)
     time.sleep(0.3)  # the threads would go on if they could
