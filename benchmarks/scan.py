@@ -106,8 +106,8 @@ def scorer_of(detector: Path, effort: str, precision: str = "auto") -> Scorer:
     return make_scorer(loaded, load_matching_encoder(loaded, None), precision, torch.device("cpu"), effort=effort)
 
 
-def published_loop(spec: EncoderSpec, name: str, *, plain: bool) -> Scorer:
-    """plain: with the encoder as it was loaded, not folded and contiguous."""
+def published_scorer(spec: EncoderSpec, name: str, *, plain: bool) -> Scorer:
+    """DeDe's. plain: with the encoder as it was loaded, contiguous and not folded."""
     scorer = scorer_of(detector_for(spec, name, "paper"), "thorough", "fp32")
     if plain:
         encoder = load_encoder(scorer.encoder.spec).eval()
@@ -140,7 +140,7 @@ def measure(title: str, shards: Path, spec: EncoderSpec, name: str, count: int, 
     encoder_rate, decode_rate, model_rate = timed(encoder_only), timed(lambda: decode_only(shards)), timed(model_only)
     bound = 1 / (1 / decode_rate + 1 / model_rate)
     serial = timed(lambda: serial_loop(shards, scorer, BATCH))
-    loops = [published_loop(spec, name, plain=plain) for plain in (True, False)]
+    loops = [published_scorer(spec, name, plain=plain) for plain in (True, False)]
     published, ours = (timed(partial(serial_loop, shards, loop, 128)) for loop in loops)
     rows = [
         ("encoder forward only", encoder_rate),

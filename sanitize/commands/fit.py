@@ -103,10 +103,8 @@ def _identity(config: FitConfig, fingerprint: str, shards: list[Shard]) -> dict[
         "encoder_fingerprint": fingerprint,
         "reference_fingerprint": reference_fingerprint(config, fingerprint),
     }
-    code = {
-        "format_version": FORMAT_VERSION,
-        "decode_path": DECODE_PATH,
-    }  # what another version began, this one cannot go on with
+    # what another version began, this one cannot go on with
+    code = {"format_version": FORMAT_VERSION, "decode_path": DECODE_PATH}
     return settings | fingerprints | code | {"inputs": head_tails(shards)}
 
 
