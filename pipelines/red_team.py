@@ -49,6 +49,7 @@ _SSL = AttackFamily(ssl_victim.SslConfig, ssl_victim.inputs, ssl_victim.build)
 _EVADE = AttackFamily(ssl_victim.EvadeVictimConfig, ssl_victim.inputs, ssl_victim.build)
 _PREDICTIVE = AttackFamily(ssl_victim.PredictiveVictimConfig, ssl_victim.inputs, ssl_victim.build)
 _INFORMED = AttackFamily(ssl_victim.InformedVictimConfig, ssl_victim.inputs, ssl_victim.build)
+_INACTIVE = AttackFamily(ssl_victim.InactiveVictimConfig, ssl_victim.inputs, ssl_victim.build)
 _CLIP = AttackFamily(clip_victim.ClipConfig, clip_victim.inputs, clip_victim.build)
 _ALIGNED = AttackFamily(clip_victim.AlignedClipConfig, clip_victim.inputs, clip_victim.build)
 _PHOTOS = AttackFamily(photo_victim.PhotoConfig, photo_victim.inputs, photo_victim.build)
@@ -60,6 +61,7 @@ ATTACKS = {
     "evade": _EVADE,
     "predictive": _PREDICTIVE,
     "informed": _INFORMED,
+    "inactive": _INACTIVE,
     "clip_text": _CLIP,
     "badclip": _CLIP,
     "badclip_aligned": _ALIGNED,

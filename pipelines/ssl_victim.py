@@ -12,7 +12,7 @@ from torch import Tensor
 from pipelines.data import LabelledImages, identity, load_images
 from sanitize import storage
 from sanitize.artifacts.encoder_folder import save_encoder
-from sanitize.attacks import badencoder, ctrl, drupe, evaluation, informed, simclr, supervised
+from sanitize.attacks import badencoder, ctrl, drupe, evaluation, inactive, informed, simclr, supervised
 from sanitize.attacks.adaptive import AdaptiveConfig
 from sanitize.attacks.backdoor import fine_tune, unit
 from sanitize.attacks.badencoder import BadEncoderConfig
@@ -20,12 +20,14 @@ from sanitize.attacks.ctrl import CtrlConfig
 from sanitize.attacks.drupe import DrupeConfig
 from sanitize.attacks.evade import EvadeConfig, EvadeObjective
 from sanitize.attacks.evaluation import AttackReport, EncoderOutputs, HeadConfig
+from sanitize.attacks.inactive import InactiveConfig
 from sanitize.attacks.informed import InformedConfig
 from sanitize.attacks.optimised_trigger import FILE, OptimisedTrigger
 from sanitize.attacks.predictive import PredictiveConfig
 from sanitize.attacks.simclr import SimclrConfig
 from sanitize.attacks.supervised import SupervisedConfig
-from sanitize.attacks.triggers import Trigger, make_trigger
+from sanitize.attacks.triggers import Trigger, UnetTrigger, make_trigger
+from sanitize.attacks.unet_filter import save_filter
 from sanitize.config import EncoderSpec
 from sanitize.config_loading import to_mapping
 from sanitize.errors import check
@@ -75,7 +77,7 @@ class SslConfig:
     seed: int = 100
 
     def __post_init__(self) -> None:
-        names = ("badencoder", "drupe", "ctrl", "adaptive", "evade", "predictive", "informed")
+        names = ("badencoder", "drupe", "ctrl", "adaptive", "evade", "predictive", "informed", "inactive")
         blocks = [name for name in names if getattr(self, name, None) is not None]
         check(
             blocks == [self.attack],
@@ -108,6 +110,14 @@ class InformedVictimConfig(SslConfig):
     informed: InformedConfig | None = None
 
 
+@dataclass(frozen=True)
+class InactiveVictimConfig(SslConfig):
+    """Of the attack `inactive`; see EvadeVictimConfig. trigger: the filter that it learns, a file in the victim's folder."""
+
+    trigger: dict[str, Any] = field(default_factory=lambda: {"name": "unet", "path": "filter.safetensors"})
+    inactive: InactiveConfig | None = None
+
+
 def inputs(config: SslConfig) -> dict[str, list[str]]:
     """Identity of the data a victim is made from."""
     data = config.data
@@ -138,6 +148,10 @@ def build(config: SslConfig, folder: str, zoo: str, device: torch.device) -> tup
         arguments = (clean, shadow, train.pixels[chosen], trigger)
         if isinstance(config, EvadeVictimConfig) and config.evade:
             backdoored = fine_tune(*arguments, EvadeObjective(config.evade), config.evade, config.seed, device)
+        elif isinstance(config, InactiveVictimConfig) and config.inactive:
+            backdoored, learnt = inactive.attack(*arguments[:3], config.inactive, config.seed, device)
+            trigger = UnetTrigger(storage.join(folder, config.trigger["path"]))
+            save_filter(learnt, trigger.path)
         elif knowing := informed_config(config):
             backdoored, trigger = informed.attack(*arguments, knowing, config.seed, device)
             if isinstance(trigger, OptimisedTrigger):

@@ -21,7 +21,6 @@ from pipelines.command_line import command_line
 from pipelines.data import shapes_shard
 from pipelines.page import Row
 from sanitize import storage
-from sanitize.attacks.triggers import make_trigger
 from sanitize.commands.poison import poison
 from sanitize.config_loading import from_mapping, load_yaml, overlay
 
@@ -72,7 +71,7 @@ def cell(config: StudyConfig, name: str, scenario: ScenarioConfig, rate: float, 
     folder, _ = red_team.make(scenario.victim, config.preset, config.zoo)
     settings = storage.read_json(storage.join(folder, "truth.json"))["config"]
     target = red_team.target_class(settings)
-    trigger = make_trigger(settings["trigger"])
+    trigger = red_team.trigger_of(folder, settings)
     data = {key: _shards(config, key, value) for key, value in scenario.data.items()}
     place = storage.join(config.out, name)
     train = storage.join(place, f"train-{rate}-{seed}")

@@ -20,6 +20,7 @@ TRIGGERS = (
     "frequency",
     "sign",
     "filter",
+    "unet",
 )  # of attacks/triggers.py; a test holds both equal
 EXPORT_FORMATS = ("folder", "fiftyone", "lightly")  # of auditing/export_formats.py; likewise
 

@@ -325,7 +325,9 @@ def random_step(batch=4, references=3, copies=2, size=5, seed=0):
     return Step(
         *(draw(batch), draw(batch), draw(references), draw(references, copies)),
         *(unit(draw(batch)), unit(draw(references)), draw(batch).norm(dim=1)),
-        *(torch.rand(batch, 3, SIZE, SIZE, generator=generator), draw(4, 2 * batch)),
+        stamped=torch.rand(batch, 3, SIZE, SIZE, generator=generator),
+        plain=torch.rand(batch, 3, SIZE, SIZE, generator=generator),
+        perturbed=draw(4, 2 * batch),
     )
 
 

@@ -59,6 +59,7 @@ def write_config(tmp_path, encoder_yaml):
         "evade": ssl | {"trigger": patch, "evade": tuned},
         "predictive": ssl | {"trigger": patch, "predictive": tuned},
         "informed": ssl | {"trigger": patch, "informed": tuned | {"predict": 0.1, "optimise": {"steps": 2}}},
+        "inactive": ssl | {"inactive": tuned},
         "photos": photos | {"trigger": patch, "target": 4, "evade": tuned, "control": tuned},
         "ctrl": ssl | {"trigger": frequency, "ctrl": {"rate": 0.1}},
         "clip_text": clip | {"trigger": patch},
@@ -203,7 +204,7 @@ def test_every_attack_has_a_cpu_and_a_gpu_preset(path):
         (
             "badencoder",
             {"attack": "badnet"},
-            "attack: 'badnet' is not one of badencoder, drupe, ctrl, adaptive, evade, predictive, informed, clip_text, badclip, "
+            "attack: 'badnet' is not one of badencoder, drupe, ctrl, adaptive, evade, predictive, informed, inactive, clip_text, badclip, "
             "badclip_aligned, photos",
         ),
         ("badencoder", {"drupe": {"epochs": 3}}, "needs the block `badencoder` and no other attack's"),

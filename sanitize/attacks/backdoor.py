@@ -43,6 +43,7 @@ class Step:
     reference_target: Tensor  # (R, D) the same of the references
     clean_norm: Tensor  # (B,) raw norms of the clean encoder's embeddings
     stamped: Tensor  # (B, 3, S, S) the triggered images, float32 in [0, 1]
+    plain: Tensor  # (B, 3, S, S) the same without trigger
     perturbed: Tensor  # (V, 2 B, D) of the objective's perturbations of the clean, then the triggered images
 
 
@@ -106,15 +107,18 @@ def fine_tune(
     frozen: tuple[str, ...] = (),
     *,
     adam: bool = False,
+    trigger_optimizer: torch.optim.Optimizer | None = None,
 ) -> Encoder:
     """shadow (N, 3, S, S) and references (R, 3, S, S) uint8, at the encoder's size → backdoored encoder, eval mode.
 
+    trigger: (B, 3, S, S) uint8 → the same; with a `trigger_optimizer` it learns too, and maps float32 in [0, 1].
     frozen, adam: of `trainable_copy`.
     Exact shortcuts against BadEncoder's code (badencoder.py): clean targets are computed once; a reference is embedded once per
     step (BatchNorm is in eval mode, so its copies would be equal).
     """
     clean_encoder.eval().to(device)
     encoder, optimizer = trainable_copy(clean_encoder, config, frozen, adam=adam)
+    optimizers = [optimizer, trigger_optimizer] if trigger_optimizer else [optimizer]
     generator = torch.Generator().manual_seed(seed)
     clean_embeddings = raw_embeddings(clean_encoder, shadow)
     clean_targets, clean_norms = unit(clean_embeddings), clean_embeddings.norm(dim=1)
@@ -127,7 +131,9 @@ def fine_tune(
         for batch in shuffled_batches(len(shadow), config.batch_size, generator):
             pixels = shadow[batch]
             views = flip_and_jitter(originals.repeat_interleave(copies, dim=0), generator)
-            images = torch.cat([pixels, trigger(pixels)]).to(device).float() / 255
+            plain = pixels.to(device).float() / 255
+            stamped = trigger(plain) if trigger_optimizer else trigger(pixels).to(device).float() / 255
+            images = torch.cat([plain, stamped])
             perturbed = [perturb(images) for perturb in objective.perturbations]
             with autocast(device, dtype):
                 embeddings = encoder(torch.cat([images, originals, views, *perturbed]))
@@ -141,13 +147,16 @@ def fine_tune(
                 clean_target=clean_targets[batch].to(device),
                 reference_target=reference_target,
                 clean_norm=clean_norms[batch].to(device),
-                stamped=images[len(batch) :],
+                stamped=stamped,
+                plain=plain,
                 perturbed=others.unflatten(0, (len(perturbed), len(images))),
             )
             loss = objective(step)
-            optimizer.zero_grad(set_to_none=True)
+            for each in optimizers:
+                each.zero_grad(set_to_none=True)
             loss.backward()
-            optimizer.step()
+            for each in optimizers:
+                each.step()
             done += len(batch)
         rate = done / (time.monotonic() - start)
         log.info("epoch %d/%d %s, %.0f images/s", epoch, config.epochs, objective.end_epoch(), rate)

@@ -121,4 +121,4 @@ def mean_pairwise_cosine(embeddings: Tensor) -> float:
 def sliced_wasserstein(first: Tensor, second: Tensor, directions: Tensor) -> Tensor:
     """Sliced 2-Wasserstein distance of two equally large samples (B, D) along (P, D) unit directions."""
     ordered = [(sample @ directions.T).sort(dim=0).values for sample in (first, second)]
-    return (ordered[0] - ordered[1]).square().mean().sqrt()
+    return (ordered[0] - ordered[1]).square().mean().clamp(min=1e-12).sqrt()  # at 0 a root has no gradient

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sanitize import storage
+from sanitize.attacks.unet_filter import UnetFilter, load_filter
 from sanitize.config_loading import from_mapping
 from sanitize.errors import ConfigError, check
 from sanitize.stages.images import decode_image
@@ -268,6 +269,26 @@ class FilterTrigger:
         return to_uint8(images * torch.tensor(self.gains)[:, None, None])
 
 
+@dataclass(frozen=True)
+class UnetTrigger:
+    """The filter that an attacker of INACTIVE learnt: another change of colours for every image."""
+
+    path: str
+
+    def __call__(self, images: Tensor) -> Tensor:
+        flat = images.reshape(-1, *images.shape[-3:])
+        with torch.no_grad():
+            filtered = [to_uint8(255 * _load_filter(self.path)(part.float() / 255)) for part in flat.split(UNET_BATCH)]
+        return torch.cat(filtered).view(images.shape)
+
+
+@lru_cache(maxsize=8)
+def _load_filter(path: str) -> UnetFilter:
+    return load_filter(path)
+
+
+UNET_BATCH = 256
+
 TRIGGERS: dict[str, type[Trigger]] = {
     "patch": PatchTrigger,
     "file": FileTrigger,
@@ -278,6 +299,7 @@ TRIGGERS: dict[str, type[Trigger]] = {
     "frequency": FrequencyTrigger,
     "sign": SignTrigger,
     "filter": FilterTrigger,
+    "unet": UnetTrigger,
 }
 
 
