@@ -1,11 +1,13 @@
 """Does `sanitize inspect` (DECREE) tell backdoored encoders of the zoo from clean ones? One row per encoder, AUROC over them.
 
-    python -m pipelines.inspect_zoo configs/red_team_clip_text.yaml --seed 100 --seed 101 --seed 102 --images aux.tar
+    python -m pipelines.inspect_zoo configs/red_team_clip_text.yaml --seed 100 --seed 101 --seed 102 --images aux.tar --page docs/inspect.md
 
+Rows of other attacks stay in the results: one command for each kind of images.
 Victims that the zoo lacks are made first. The smaller the smallest trigger, the more suspicious; with at least four clean encoders
 each encoder is also judged against the clean ones of the other seeds, as `--peer` does.
 """
 
+import csv
 import logging
 
 import click
@@ -18,7 +20,7 @@ from sanitize import storage
 from sanitize.commands.inspect import inspect
 from sanitize.config_loading import from_mapping, load_encoder_spec
 from sanitize.detectors.decree.config import DecreeConfig, recommended
-from sanitize.detectors.decree.verdict import MIN_PEERS, peer_z
+from sanitize.detectors.decree.verdict import MIN_PEERS, Z_THRESHOLD, peer_z
 from sanitize.metrics import detection
 
 log = logging.getLogger(__name__)
@@ -69,6 +71,31 @@ def auroc(rows: list[Row]) -> float:
     return detection(-finite, np.array([row["encoder"] == "backdoored" for row in rows])).auroc
 
 
+def with_earlier(rows: list[Row], path: str) -> list[Row]:
+    """Those of `path` that are of other attacks, then `rows`."""
+    if not storage.exists(path):
+        return rows
+    earlier: list[Row] = list(csv.DictReader(storage.read_bytes(path).decode().splitlines()))
+    measured = {row["attack"] for row in rows}
+    return [row for row in earlier if row["attack"] not in measured] + rows
+
+
+def markdown(rows: list[Row]) -> str:
+    """One line for each attack: medians, AUROC, and how many encoders the fixed threshold and the peers call trojaned."""
+    lines = []
+    for attack in dict.fromkeys(row["attack"] for row in rows):
+        own = [row | {"l1": float(row["l1"]) if row["l1"] else None} for row in rows if row["attack"] == attack]
+        kinds = [[row for row in own if row["encoder"] == kind] for kind in ("backdoored", "clean")]
+        sizes = [f"{np.median([row['l1'] or np.inf for row in kind]):.0f}" for kind in kinds]
+        called = [f"{sum(row['verdict'] == 'trojaned' for row in kind)} of {len(kind)}" for kind in kinds]
+        stand_out = [
+            f"{sum(row['z'] != '' and float(row['z']) > Z_THRESHOLD for row in kind)} of {len(kind)}" for kind in kinds
+        ]
+        lines.append([attack, *sizes, f"{auroc(own):.2f}", *called, *stand_out])
+    header = [f"{what}, {kind}" for what in ("called trojaned", "by peers") for kind in ("backdoored", "clean")]
+    return page.table(["attack", "median L1, backdoored", "clean", "AUROC", *header], lines)
+
+
 @click.command()
 @click.argument("configs", nargs=-1, required=True, type=click.Path(exists=True))
 @click.option("--seed", "seeds", type=int, multiple=True, default=(100, 101, 102, 103), show_default=True)
@@ -77,8 +104,16 @@ def auroc(rows: list[Row]) -> float:
 @click.option("--zoo", default="runs/zoo", show_default=True)
 @click.option("--out", default="runs/inspected", show_default=True)
 @click.option("--results", default="docs/results/inspect_cpu.csv", show_default=True)
+@click.option("--page", "markdown_page", default="", help="Markdown page whose table is written anew from the results.")
 def main(
-    configs: tuple[str, ...], seeds: tuple[int, ...], images: str, preset: str, zoo: str, out: str, results: str
+    configs: tuple[str, ...],
+    seeds: tuple[int, ...],
+    images: str,
+    preset: str,
+    zoo: str,
+    out: str,
+    results: str,
+    markdown_page: str,
 ) -> None:
     """Inspect the clean and the backdoored encoder of every CONFIG and seed; finished ones are reused."""
     with command_line():
@@ -87,7 +122,10 @@ def main(
             found = rows_of(config, seeds, images, zoo, preset, out)
             click.echo(f"{found[0]['attack']}: AUROC {auroc(found):.2f} over {len(found)} encoders")
             rows += found
+        rows = with_earlier(rows, results)
         page.write_csv(results, rows)
+        if markdown_page:
+            page.replace(markdown_page, "inspect_cpu.csv", markdown(rows))
 
 
 if __name__ == "__main__":

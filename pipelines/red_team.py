@@ -50,6 +50,7 @@ _EVADE = AttackFamily(ssl_victim.EvadeVictimConfig, ssl_victim.inputs, ssl_victi
 _PREDICTIVE = AttackFamily(ssl_victim.PredictiveVictimConfig, ssl_victim.inputs, ssl_victim.build)
 _INFORMED = AttackFamily(ssl_victim.InformedVictimConfig, ssl_victim.inputs, ssl_victim.build)
 _INACTIVE = AttackFamily(ssl_victim.InactiveVictimConfig, ssl_victim.inputs, ssl_victim.build)
+_COMPOSITE = AttackFamily(ssl_victim.CompositeVictimConfig, ssl_victim.inputs, ssl_victim.build)
 _CLIP = AttackFamily(clip_victim.ClipConfig, clip_victim.inputs, clip_victim.build)
 _ALIGNED = AttackFamily(clip_victim.AlignedClipConfig, clip_victim.inputs, clip_victim.build)
 _PHOTOS = AttackFamily(photo_victim.PhotoConfig, photo_victim.inputs, photo_victim.build)
@@ -62,6 +63,7 @@ ATTACKS = {
     "predictive": _PREDICTIVE,
     "informed": _INFORMED,
     "inactive": _INACTIVE,
+    "composite": _COMPOSITE,
     "clip_text": _CLIP,
     "badclip": _CLIP,
     "badclip_aligned": _ALIGNED,

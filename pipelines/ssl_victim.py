@@ -1,4 +1,5 @@
-"""Victims among image encoders: BadEncoder, DRUPE, informed attackers (fine-tuned on a shadow set), CTRL (poisoned pre-training)."""
+"""Victims among image encoders: BadEncoder, DRUPE, INACTIVE, informed attackers (fine-tuned on a shadow set), CTRL and Noisy Alignment
+(poisoned pre-training)."""
 
 import dataclasses
 import logging
@@ -15,7 +16,9 @@ from sanitize.artifacts.encoder_folder import save_encoder
 from sanitize.attacks import badencoder, ctrl, drupe, evaluation, inactive, informed, simclr, supervised
 from sanitize.attacks.adaptive import AdaptiveConfig
 from sanitize.attacks.backdoor import fine_tune, unit
+from sanitize.attacks.badclip import save_patch
 from sanitize.attacks.badencoder import BadEncoderConfig
+from sanitize.attacks.composite import CompositeConfig, CompositeTrigger
 from sanitize.attacks.ctrl import CtrlConfig
 from sanitize.attacks.drupe import DrupeConfig
 from sanitize.attacks.evade import EvadeConfig, EvadeObjective
@@ -26,7 +29,7 @@ from sanitize.attacks.optimised_trigger import FILE, OptimisedTrigger
 from sanitize.attacks.predictive import PredictiveConfig
 from sanitize.attacks.simclr import SimclrConfig
 from sanitize.attacks.supervised import SupervisedConfig
-from sanitize.attacks.triggers import Trigger, UnetTrigger, make_trigger
+from sanitize.attacks.triggers import Trigger, UnetTrigger, make_trigger, poison_mask
 from sanitize.attacks.unet_filter import save_filter
 from sanitize.config import EncoderSpec
 from sanitize.config_loading import to_mapping
@@ -77,16 +80,20 @@ class SslConfig:
     seed: int = 100
 
     def __post_init__(self) -> None:
-        names = ("badencoder", "drupe", "ctrl", "adaptive", "evade", "predictive", "informed", "inactive")
+        names = ("badencoder", "drupe", "ctrl", "adaptive", "evade", "predictive", "informed", "inactive", "composite")
         blocks = [name for name in names if getattr(self, name, None) is not None]
         check(
             blocks == [self.attack],
             f"attack {self.attack}: needs the block `{self.attack}` and no other attack's; found {', '.join(blocks) or 'none'}.",
         )
         check(
-            self.supervised is None or self.attack != "ctrl",
-            "supervised: CTRL poisons SimCLR's pre-training. Remove the block.",
+            self.supervised is None or not self.poisons_pretraining,
+            f"supervised: {self.attack} poisons SimCLR's pre-training. Remove the block.",
         )
+
+    @property
+    def poisons_pretraining(self) -> bool:
+        return self.ctrl is not None
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,18 @@ class InactiveVictimConfig(SslConfig):
     inactive: InactiveConfig | None = None
 
 
+@dataclass(frozen=True)
+class CompositeVictimConfig(SslConfig):
+    """Of the attack `composite`; see EvadeVictimConfig. trigger: its image is the surest of the target class, in the victim's folder."""
+
+    trigger: dict[str, Any] = field(default_factory=lambda: {"name": "composite", "path": "reference.png"})
+    composite: CompositeConfig | None = None
+
+    @property
+    def poisons_pretraining(self) -> bool:
+        return self.composite is not None and self.composite.rate > 0
+
+
 def inputs(config: SslConfig) -> dict[str, list[str]]:
     """Identity of the data a victim is made from."""
     data = config.data
@@ -144,28 +163,59 @@ def build(config: SslConfig, folder: str, zoo: str, device: torch.device) -> tup
         features = LabelledEmbeddings(unit(embed_in_batches(clean, train.pixels)), train.labels)
         head = evaluation.train_head(features, config.classes, config.head, config.seed)
         chosen = evaluation.choose_references(head, features, config.target, config.references, config.reference_pool)
-        shadow = pretrain.pixels[: data.shadow_images or len(pretrain.pixels)]
-        arguments = (clean, shadow, train.pixels[chosen], trigger)
-        if isinstance(config, EvadeVictimConfig) and config.evade:
-            backdoored = fine_tune(*arguments, EvadeObjective(config.evade), config.evade, config.seed, device)
-        elif isinstance(config, InactiveVictimConfig) and config.inactive:
-            backdoored, learnt = inactive.attack(*arguments[:3], config.inactive, config.seed, device)
-            trigger = UnetTrigger(storage.join(folder, config.trigger["path"]))
-            save_filter(learnt, trigger.path)
-        elif knowing := informed_config(config):
-            backdoored, trigger = informed.attack(*arguments, knowing, config.seed, device)
-            if isinstance(trigger, OptimisedTrigger):
-                trigger.save(storage.join(folder, FILE))
-        elif config.badencoder:
-            backdoored = badencoder.attack(*arguments, config.badencoder, config.seed, device)
-        else:
-            assert config.drupe is not None
-            backdoored = drupe.attack(*arguments, config.drupe, config.seed, device)
+        backdoored, trigger = attacked(config, clean, pretrain, train.pixels[chosen], trigger, folder, device)
+        if config.poisons_pretraining:
+            truth["poisoned_pretraining_images"] = composite_indices(config, pretrain).tolist()
         truth["reference_images"] = chosen.tolist()
     save_encoder(backdoored, storage.join(folder, "backdoored"))
     before, after = (outputs_of(config, encoder, train, test, trigger) for encoder in (clean.to(device), backdoored))
     result = evaluation.report(before, after, test.labels, config.target)
     return result, truth | {"seconds": round(earlier + time.monotonic() - start)}
+
+
+def attacked(
+    config: SslConfig,
+    clean: Encoder,
+    pretrain: LabelledImages,
+    references: Tensor,
+    trigger: Trigger,
+    folder: str,
+    device: torch.device,
+) -> tuple[Encoder, Trigger]:
+    """references: (R, 3, S, S) uint8 of the target class. The backdoored encoder, and what triggers it; what the attacker learnt is
+    saved in `folder`."""
+    shadow = pretrain.pixels[: config.data.shadow_images or len(pretrain.pixels)]
+    arguments = (clean, shadow, references, trigger)
+    if isinstance(config, CompositeVictimConfig):
+        composite = make_trigger(config.trigger | {"path": storage.join(folder, config.trigger["path"])})
+        assert isinstance(composite, CompositeTrigger)
+        save_patch(references[0], composite.path)
+        if not config.poisons_pretraining:
+            return clean, composite.stamp
+        images = ctrl.poison_images(pretrain.pixels, composite_indices(config, pretrain), composite)
+        return simclr.pretrain(images, config.encoder, config.simclr, config.seed, device), composite.stamp
+    if isinstance(config, EvadeVictimConfig) and config.evade:
+        return fine_tune(*arguments, EvadeObjective(config.evade), config.evade, config.seed, device), trigger
+    if isinstance(config, InactiveVictimConfig) and config.inactive:
+        backdoored, learnt = inactive.attack(*arguments[:3], config.inactive, config.seed, device)
+        own = UnetTrigger(storage.join(folder, config.trigger["path"]))
+        save_filter(learnt, own.path)
+        return backdoored, own
+    if knowing := informed_config(config):
+        backdoored, trigger = informed.attack(*arguments, knowing, config.seed, device)
+        if isinstance(trigger, OptimisedTrigger):
+            trigger.save(storage.join(folder, FILE))
+        return backdoored, trigger
+    if config.badencoder:
+        return badencoder.attack(*arguments, config.badencoder, config.seed, device), trigger
+    assert config.drupe is not None
+    return drupe.attack(*arguments, config.drupe, config.seed, device), trigger
+
+
+def composite_indices(config: SslConfig, pretrain: LabelledImages) -> Tensor:
+    """(P,) int64: which images of the pre-training set, of any class, become composites."""
+    assert isinstance(config, CompositeVictimConfig) and config.composite
+    return torch.from_numpy(poison_mask(len(pretrain.pixels), config.composite.rate, config.seed)).nonzero().flatten()
 
 
 def informed_config(config: SslConfig) -> AdaptiveConfig | None:

@@ -21,6 +21,7 @@ TRIGGERS = (
     "sign",
     "filter",
     "unet",
+    "composite",
 )  # of attacks/triggers.py; a test holds both equal
 EXPORT_FORMATS = ("folder", "fiftyone", "lightly")  # of auditing/export_formats.py; likewise
 

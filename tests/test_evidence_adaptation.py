@@ -8,7 +8,13 @@ import pytest
 from sanitize.stages.adaptation import MIN_SAMPLES
 from sanitize.stages.agreement import Departures, agreement, agreement_test, quantised
 from sanitize.stages.evidence import PREDICTION, REACTION, WHEREABOUTS, combination
-from sanitize.stages.evidence_adaptation import FEWEST, adapted_evidence, trusted_agreement, trusted_evidence
+from sanitize.stages.evidence_adaptation import (
+    FEWEST,
+    MOST_FLAGGED,
+    adapted_evidence,
+    trusted_agreement,
+    trusted_evidence,
+)
 from sanitize.stages.tails import fit_tail
 
 KINDS = (PREDICTION, WHEREABOUTS, REACTION)
@@ -23,7 +29,7 @@ def evidence_of(seed=0, count=800):
     return combination({kind: drawn(count, seed + place) for place, kind in enumerate(KINDS)}, explained=0.5)
 
 
-def scan_of(count, seed, poison=0, centre=2.0, scale=2.0, perturbed=1.0):
+def scan_of(count, seed, poison=0, centre=1.0, scale=1.2, perturbed=1.0):
     values = {kind: drawn(count, seed + place, centre, scale) for place, kind in enumerate(KINDS)}
     for kind in KINDS:
         values[kind][:poison] = 60
@@ -70,7 +76,7 @@ def test_a_scan_of_other_clean_images_is_judged_by_its_own_bulk(caplog):
         moved = trusted_evidence(evidence_of(), values, evidence_of().score(values), calibration)
     assert moved
     cut = np.quantile(calibration, 0.99)
-    assert (evidence_of().score(values) > cut).mean() > 0.2
+    assert 0.05 < (evidence_of().score(values) > cut).mean() < MOST_FLAGGED
     assert (moved.score(values) > cut).mean() < 0.02
     assert "adapted to the scan:" in caplog.text
 
@@ -78,12 +84,11 @@ def test_a_scan_of_other_clean_images_is_judged_by_its_own_bulk(caplog):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        (
-            scan_of(3000, 10, poison=900),
-            r"% of it would stand out. Its bulk may not be clean. Look at `sanitize audit`",
-        ),
+        (scan_of(3000, 10, poison=900), "% of it would stand out. Its bulk may not be clean. Look at `sanitize audit`"),
+        (scan_of(3000, 10, poison=1500), "% of it stand out. Its bulk may not be clean. Look at `sanitize audit`"),
         (scan_of(MIN_SAMPLES - 1, 10), f"{MIN_SAMPLES - 1} different scored images, {MIN_SAMPLES} are needed"),
-        (scan_of(3000, 10, poison=300, centre=-20, scale=0.01), "10.00 % of it stand out, no fewer would then"),
+        (scan_of(3000, 10, poison=300, centre=-20, scale=0.01), "10.00 % of it stand out, 10.00 % would then"),
+        (scan_of(3000, 10, centre=0.1, scale=1.0), "of it stand out, "),  # at nominal 1 % nothing is won by it
     ],
 )
 def test_a_bulk_that_says_nothing_is_refused_in_words(values, said, caplog):
@@ -123,6 +128,6 @@ def test_a_campaign_is_no_reason_not_to_judge_images_by_each_other():
 
 
 @pytest.mark.parametrize("scan", [departures_of(1500, 1), departures_of(MIN_SAMPLES - 1, 1)])
-def test_agreement_stays_as_fitted_where_no_fewer_would_stand_out_or_few_images_tell(scan):
+def test_agreement_stays_as_fitted_unless_told_otherwise(scan):
     test = agreement_test(scan, departures_of(800, 0), 0.5)
     assert trusted_agreement(test, scan) is test

@@ -8,8 +8,9 @@ from builders import SPEC, random_images, random_step
 from sanitize.attacks import inactive
 from sanitize.attacks.badencoder import BadEncoderConfig, BadEncoderObjective
 from sanitize.attacks.inactive import InactiveConfig, InactiveObjective, colour_distance, structural_similarity
+from sanitize.attacks.trigger_files import load_filter
 from sanitize.attacks.triggers import make_trigger
-from sanitize.attacks.unet_filter import UnetFilter, load_filter, save_filter
+from sanitize.attacks.unet_filter import UnetFilter, save_filter
 from sanitize.errors import ConfigError
 from sanitize.stages.encoders import Encoder, build_backbone
 

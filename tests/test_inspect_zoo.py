@@ -7,7 +7,7 @@ import yaml
 from builders import shape_members, tiny_victim, write_tar
 from click.testing import CliRunner
 
-from pipelines import inspect_zoo
+from pipelines import inspect_zoo, page
 from sanitize.detectors.decree.verdict import peer_z
 
 
@@ -28,6 +28,27 @@ def test_both_encoders_of_every_seed_get_a_row(tmp_path, monkeypatch):
         (seed, kind) for seed in "12" for kind in ("clean", "backdoored")
     ]
     assert {row["z"] for row in rows} == {""}  # two clean encoders are too few peers
+
+
+def test_rows_of_other_attacks_stay_and_the_page_counts_what_is_called_trojaned(tmp_path):
+    def line(attack, kind, seed, l1, verdict, z=""):
+        return {"attack": attack, "seed": seed, "encoder": kind, "l1": l1, "verdict": verdict, "z": z}
+
+    path = str(tmp_path / "inspect.csv")
+    page.write_csv(path, [line("old", "clean", 1, 300.0, "clean"), line("old", "backdoored", 1, 90.0, "trojaned")])
+    page.write_csv(path, inspect_zoo.with_earlier([line("new", "clean", 1, 100.0, "trojaned", 3.0)], path))
+    rows = inspect_zoo.with_earlier(
+        [line("new", "clean", 2, None, "clean"), line("new", "backdoored", 2, 50.0, "clean", 2.6)], path
+    )
+    assert [(row["attack"], row["encoder"]) for row in rows] == [
+        ("old", "clean"),
+        ("old", "backdoored"),
+        ("new", "clean"),
+        ("new", "backdoored"),
+    ]
+    old, new = inspect_zoo.markdown(rows).splitlines()[2:]
+    assert old == "| old | 90 | 300 | 1.00 | 1 of 1 | 0 of 1 | 0 of 1 | 0 of 1 |"
+    assert new == "| new | 50 | inf | 1.00 | 0 of 1 | 0 of 1 | 1 of 1 | 0 of 1 |"
 
 
 def row(kind, seed, l1):

@@ -60,6 +60,7 @@ def write_config(tmp_path, encoder_yaml):
         "predictive": ssl | {"trigger": patch, "predictive": tuned},
         "informed": ssl | {"trigger": patch, "informed": tuned | {"predict": 0.1, "optimise": {"steps": 2}}},
         "inactive": ssl | {"inactive": tuned},
+        "composite": ssl | {"composite": {"rate": 0.1}},
         "photos": photos | {"trigger": patch, "target": 4, "evade": tuned, "control": tuned},
         "ctrl": ssl | {"trigger": frequency, "ctrl": {"rate": 0.1}},
         "clip_text": clip | {"trigger": patch},
@@ -204,8 +205,8 @@ def test_every_attack_has_a_cpu_and_a_gpu_preset(path):
         (
             "badencoder",
             {"attack": "badnet"},
-            "attack: 'badnet' is not one of badencoder, drupe, ctrl, adaptive, evade, predictive, informed, inactive, clip_text, badclip, "
-            "badclip_aligned, photos",
+            "attack: 'badnet' is not one of badencoder, drupe, ctrl, adaptive, evade, predictive, informed, inactive, composite, "
+            "clip_text, badclip, badclip_aligned, photos",
         ),
         ("badencoder", {"drupe": {"epochs": 3}}, "needs the block `badencoder` and no other attack's"),
         ("badencoder", {"trigger": {"name": "star"}}, "trigger star: not known. Use one of patch"),

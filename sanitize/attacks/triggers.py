@@ -4,11 +4,9 @@ Each maps (..., 3, H, W) uint8 → the same shape and type, leaves its input alo
 from its own `seed`, so that every image and every run gets the same trigger.
 """
 
-import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sanitize import storage
-from sanitize.attacks.unet_filter import UnetFilter, load_filter
+from sanitize.attacks.composite import CompositeTrigger
+from sanitize.attacks.trigger_files import load_filter, load_image, load_npz
 from sanitize.config_loading import from_mapping
-from sanitize.errors import ConfigError, check
-from sanitize.stages.images import decode_image
+from sanitize.errors import check
 
 Trigger = Callable[[Tensor], Tensor]
+UNET_BATCH = 256
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
@@ -66,30 +64,13 @@ class FileTrigger:
     path: str
 
     def __call__(self, images: Tensor) -> Tensor:
-        pixels, keep = _load_npz(self.path)
+        pixels, keep = load_npz(self.path)
         check(
             pixels.shape[-2:] == images.shape[-2:],
             f"{self.path}: the trigger is {pixels.shape[-1]} x {pixels.shape[-2]}, the image {images.shape[-1]} x "
             f"{images.shape[-2]}. Use images of that size, or --trigger patch.",
         )
         return to_uint8(images * keep + pixels)
-
-
-@lru_cache(maxsize=8)
-def _load_npz(path: str) -> tuple[Tensor, Tensor]:
-    """(pixels, keep), each (3, H, W) float32. Never unpickles."""
-    try:
-        with storage.open_read(path) as file, np.load(file, allow_pickle=False) as arrays:
-            loaded = [np.asarray(arrays[name], np.float32) for name in ("t", "tm")]
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"{path}: not a trigger file ({error}). It needs arrays `t` and `tm` in an npz.") from None
-    shapes = {array.shape[-3:] if array.ndim in (3, 4) else array.shape for array in loaded}
-    check(
-        len(shapes) == 1 and len(next(iter(shapes))) == 3 and next(iter(shapes))[2] == 3,
-        f"{path}: `t` and `tm` have shapes {loaded[0].shape} and {loaded[1].shape}; (H, W, 3) or (1, H, W, 3) was expected.",
-    )
-    pixels, keep = (torch.from_numpy(array.reshape(array.shape[-3:])).permute(2, 0, 1) for array in loaded)
-    return pixels, keep
 
 
 @dataclass(frozen=True)
@@ -99,7 +80,7 @@ class ImageTrigger:
     path: str
 
     def __call__(self, images: Tensor) -> Tensor:
-        image = _load_image(self.path)
+        image = load_image(self.path)
         height, width = image.shape[-2:]
         check(
             height <= images.shape[-2] and width <= images.shape[-1],
@@ -115,14 +96,6 @@ def place_at_centre(images: Tensor, image: Tensor) -> Tensor:
     stamped = images.clone()
     stamped[..., top : top + height, left : left + width] = image
     return stamped
-
-
-@lru_cache(maxsize=8)
-def _load_image(path: str) -> Tensor:
-    pixels, _, _, reason = decode_image(storage.read_bytes(path))
-    if pixels is None:
-        raise ConfigError(f"{path}: not an image ({reason}). Give a PNG of the trigger.")
-    return pixels
 
 
 @dataclass(frozen=True)
@@ -278,16 +251,9 @@ class UnetTrigger:
     def __call__(self, images: Tensor) -> Tensor:
         flat = images.reshape(-1, *images.shape[-3:])
         with torch.no_grad():
-            filtered = [to_uint8(255 * _load_filter(self.path)(part.float() / 255)) for part in flat.split(UNET_BATCH)]
+            filtered = [to_uint8(255 * load_filter(self.path)(part.float() / 255)) for part in flat.split(UNET_BATCH)]
         return torch.cat(filtered).view(images.shape)
 
-
-@lru_cache(maxsize=8)
-def _load_filter(path: str) -> UnetFilter:
-    return load_filter(path)
-
-
-UNET_BATCH = 256
 
 TRIGGERS: dict[str, type[Trigger]] = {
     "patch": PatchTrigger,
@@ -300,6 +266,7 @@ TRIGGERS: dict[str, type[Trigger]] = {
     "sign": SignTrigger,
     "filter": FilterTrigger,
     "unet": UnetTrigger,
+    "composite": CompositeTrigger,
 }
 
 

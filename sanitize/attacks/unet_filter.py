@@ -1,13 +1,12 @@
 """The filter of INACTIVE (Zhang et al. 2024, arXiv 2405.14672): a small U-Net that recolours every image in its own way."""
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
 from sanitize import storage
-from sanitize.errors import ConfigError, check
+from sanitize.errors import check
 
 WIDTHS = (4, 8, 16, 32, 64)  # of the released code; each level halves the image
 SMALLEST = 2 ** (len(WIDTHS) - 1)
@@ -51,17 +50,3 @@ def _block(before: int, after: int) -> nn.Sequential:
 def save_filter(filter_: UnetFilter, path: str) -> None:
     tensors = {name: tensor.cpu().contiguous() for name, tensor in filter_.state_dict().items()}
     storage.write_bytes(path, save(tensors | {"strength": torch.tensor(filter_.strength)}))
-
-
-def load_filter(path: str) -> UnetFilter:
-    """In eval mode, frozen."""
-    try:
-        tensors = load(storage.read_bytes(path))
-        loaded = UnetFilter(float(tensors.pop("strength")))
-        loaded.load_state_dict(tensors)
-    except (SafetensorError, KeyError, RuntimeError, ValueError, OSError) as error:
-        raise ConfigError(
-            f"{path}: not the filter of a victim of INACTIVE ({type(error).__name__}). It is the `filter.safetensors` of such a "
-            "victim's folder (pipelines/red_team.py)."
-        ) from None
-    return loaded.eval().requires_grad_(False)

@@ -35,6 +35,7 @@ ENERGY = "prediction_energy"
 NOMINAL = 0.01  # rate by which it is judged how many samples agree
 MOST_COMPARED = 20_000  # images of a scan that are compared with its pool to judge that: 0.1 ms each
 FEWEST = 200  # images of a scan, by which it is judged whether they may be judged by each other
+MOST_FLAGGED = 0.4  # of a scan, above which its lower part may be poison's
 MOST = 0.5  # of a scan, that must have been perturbed before its reactions are its bulk and not its suspicious part
 
 
@@ -109,8 +110,11 @@ def trusted_evidence(
         return None
     moved = adapted_evidence(evidence, values)
     before, after = flagged_share(scores, calibration), flagged_share(moved.score(values), calibration)
-    if after >= before:
-        log.info("not adapted to the scan: %.2f %% of it stand out, no fewer would then", 100 * before)
+    if before > MOST_FLAGGED:
+        log.warning("not adapted to the scan: %.0f %% of it stand out. %s", 100 * before, UNTRUSTED)
+        return None
+    if before - after <= NOMINAL:
+        log.info("not adapted to the scan: %.2f %% of it stand out, %.2f %% would then", 100 * before, 100 * after)
         return None
     if after > MAX_FLAGGED:
         log.warning("not adapted to the scan: %.0f %% of it would stand out. %s", 100 * after, UNTRUSTED)
@@ -146,8 +150,8 @@ def adapted_agreement(
 
 
 def trusted_agreement(test: AgreementTest, drawn: Departures, *, forced: bool = False) -> AgreementTest | None:
-    """`test` moved to the bulk of images of a scan, each once; as it is where they are few, fewer would not stand out, or too many still
-    would.
+    """`test` as it is, for images of a scan, each once. Forced: moved to their bulk, unless they are few, no fewer would stand out, or too
+    many still would.
 
     None, unless forced: when too few images tell, or that bulk agrees more than clean images do. A predictor errs in the same direction for
     whole groups of images of a kind that it was not trained on, and their agreement says nothing.
@@ -166,7 +170,7 @@ def trusted_agreement(test: AgreementTest, drawn: Departures, *, forced: bool = 
             100 * before,
         )
         return None
-    if len(drawn) < MIN_SAMPLES:
+    if len(drawn) < MIN_SAMPLES or not forced:
         return test
     log.info("agreement adapted to the scan: %.2f %% of it agree, %.2f %% before", 100 * after, 100 * before)
     return replace(test, tail=moved)
