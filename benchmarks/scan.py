@@ -1,6 +1,6 @@
 """Throughput of `sanitize scan` beside what the machine can do, measured in the same run.
 
-    python -m benchmarks.scan [--small 20000] [--large 2048] [--effort thorough]
+    python -m benchmarks.scan [--small 20000] [--large 2048] [--transformer 1024] [--effort thorough]
     python -m benchmarks.scan --encoder null        what the data path alone can do: benchmarks/data_path.py
 
 decode only: read, hash and decode all shards on all cores. model only: encoder passes + decoder + score on images already in memory.
@@ -167,6 +167,7 @@ def measure(title: str, shards: Path, spec: EncoderSpec, name: str, count: int, 
 @click.command()
 @click.option("--small", default=20_000, show_default=True, help="32 px PNGs, ResNet-18 with 3x3 stem")
 @click.option("--large", default=2_048, show_default=True, help="224 px JPEGs, ResNet-18")
+@click.option("--transformer", default=1_024, show_default=True, help="224 px JPEGs, ViT-B/32")
 @click.option(
     "--effort", default="0.075", show_default=True, help="As of a scan; a random encoder has no default of its own"
 )
@@ -175,7 +176,7 @@ def measure(title: str, shards: Path, spec: EncoderSpec, name: str, count: int, 
 @click.option(
     "--workers", default="0", show_default=True, help="Numbers of workers, 0,2 for example; with --encoder null"
 )
-def main(small: int, large: int, effort: str, encoder: str, count: int, workers: str) -> None:
+def main(small: int, large: int, transformer: int, effort: str, encoder: str, count: int, workers: str) -> None:
     """Print images/s of scan and of its bounds."""
     prepare()
     if encoder == "null":
@@ -183,13 +184,15 @@ def main(small: int, large: int, effort: str, encoder: str, count: int, workers:
             measure_data_path(count, tuple(int(number) for number in workers.split(",")))
         return
     with runtime.ray_session(""):
-        for title, size, kind, count, spec in (
-            ("32 px PNG", 32, "PNG", small, CIFAR),
-            ("224 px JPEG", 224, "JPEG", large, EncoderSpec("resnet18")),
+        for title, kind, count, spec, name in (
+            ("32 px PNG", "PNG", small, CIFAR, "encoder-32"),
+            ("224 px JPEG", "JPEG", large, EncoderSpec("resnet18"), "encoder-224"),
+            ("224 px JPEG, ViT-B/32", "JPEG", transformer, EncoderSpec("torchvision:vit_b_32"), "encoder-vit"),
         ):
             if count:
+                size = spec.image_size or 224
                 shards = write_shards(OUT / f"shards-{size}-{count}", count, size, kind, 4)
-                measure(title, shards, spec, f"encoder-{size}", count, effort)
+                measure(title, shards, spec, name, count, effort)
 
 
 if __name__ == "__main__":
