@@ -63,9 +63,8 @@ def colour_distance(first: Tensor, second: Tensor) -> Tensor:
     """Mean over pixels of (B, 3, H, W) in [0, 1]: 1 - cosine of hues, and squared differences of saturation, value and lightness."""
     (hue, *rest), (other_hue, *others) = _colours(first), _colours(second)
     apart = 1 - functional.cosine_similarity(hue, other_hue, dim=1, eps=1e-3)
-    return apart.mean() + sum(
-        ((a - b).square().mean() for a, b in zip(rest, others, strict=True)), start=torch.zeros(())
-    )
+    others_apart = [(a - b).square().mean() for a, b in zip(rest, others, strict=True)]
+    return apart.mean() + torch.stack(others_apart).sum()
 
 
 def _colours(images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -94,10 +93,8 @@ class InactiveObjective:
     def __call__(self, step: Step) -> Tensor:
         config, terms = self.config, losses(step)
         hidden = self.hidden(step)
-        norms = sum(
-            ((e.float().norm(dim=1) / step.clean_norm - 1).square().mean() for e in (step.triggered, step.clean)),
-            start=torch.zeros((), device=step.clean.device),
-        )
+        both = torch.stack([step.triggered, step.clean]).float()
+        norms = (both.norm(dim=-1) / step.clean_norm - 1).square().mean(dim=1).sum()
         self.last = terms, hidden | {"norms": norms}
         attack = terms.effectiveness + config.lambda1 * terms.reference + config.lambda2 * terms.utility
         invisible = 1 - hidden["SSIM"] - 0.025 * hidden["PSNR"] + hidden["W"] - config.colour * hidden["C"]

@@ -29,7 +29,8 @@ class UnetFilter(nn.Module):
         height, width = images.shape[-2:]
         check(
             height % SMALLEST == 0 and width % SMALLEST == 0,
-            f"the U-Net filter halves an image {len(WIDTHS) - 1} times; {width} x {height} pixels are no multiples of {SMALLEST}.",
+            f"the U-Net filter halves an image {len(WIDTHS) - 1} times; {width} x {height} pixels are no multiples of {SMALLEST}. Give "
+            "images whose sides are.",
         )
         levels = [self.down[0](images)]
         for block in self.down[1:]:
