@@ -63,8 +63,10 @@ def colour_distance(first: Tensor, second: Tensor) -> Tensor:
     """Mean over pixels of (B, 3, H, W) in [0, 1]: 1 - cosine of hues, and squared differences of saturation, value and lightness."""
     (hue, *rest), (other_hue, *others) = _colours(first), _colours(second)
     apart = 1 - functional.cosine_similarity(hue, other_hue, dim=1, eps=1e-3)
-    others_apart = [(a - b).square().mean() for a, b in zip(rest, others, strict=True)]
-    return apart.mean() + torch.stack(others_apart).sum()
+    distance: Tensor = (
+        apart.mean() + torch.stack([(a - b).square().mean() for a, b in zip(rest, others, strict=True)]).sum()
+    )
+    return distance
 
 
 def _colours(images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -94,7 +96,7 @@ class InactiveObjective:
         config, terms = self.config, losses(step)
         hidden = self.hidden(step)
         both = torch.stack([step.triggered, step.clean]).float()
-        norms = (both.norm(dim=-1) / step.clean_norm - 1).square().mean(dim=1).sum()
+        norms: Tensor = (both.norm(dim=-1) / step.clean_norm - 1).square().mean(dim=1).sum()
         self.last = terms, hidden | {"norms": norms}
         attack = terms.effectiveness + config.lambda1 * terms.reference + config.lambda2 * terms.utility
         invisible = 1 - hidden["SSIM"] - 0.025 * hidden["PSNR"] + hidden["W"] - config.colour * hidden["C"]
