@@ -103,8 +103,8 @@ def test_the_learning_rate_falls_at_the_milestones(epoch, rate):
     assert decree.learning_rate(DecreeConfig(), epoch) == rate
 
 
-def test_large_images_get_the_published_schedule():
-    assert recommended(32) == {}
+def test_large_images_get_the_published_schedule_and_small_ones_starts_from_blocks():
+    assert recommended(32) == {"restarts": 1, "blocks": 3}
     config = from_mapping(DecreeConfig, recommended(224), "settings")
     assert (config.epochs, config.milestones, config.patience, config.penalty_floor) == (1000, (200, 500), 35, 1e-7)
 
@@ -189,6 +189,20 @@ def test_the_same_seed_gives_the_same_size_and_another_start_another(images, tro
     assert sizes[0] == trojaned.best.l1 != sizes[1]
     assert two.best.l1 == min(sizes)
     assert two.spread == pytest.approx(max(sizes) - min(sizes))
+
+
+def test_blocks_are_starts_that_cover_the_image_and_overlap_by_half(images):
+    masks = torch.cat([decree.block_mask((SIZE, SIZE), 3, number) for number in range(9)]) > 0.5
+    assert bool(masks.any(dim=0).all())
+    assert set(masks.sum(dim=(1, 2)).tolist()) == {(SIZE // 2) ** 2}
+    beside = int((masks[0] & masks[1]).sum()), int((masks[0] & masks[2]).sum())
+    assert beside == (SIZE**2 // 8, 0)
+    with_blocks = decree.invert(images, SyntheticEncoder(10), dataclasses.replace(QUICK, epochs=2, blocks=2))
+    assert len(with_blocks.restarts) == 5
+    alone = decree.invert(images, SyntheticEncoder(10), dataclasses.replace(QUICK, epochs=2))
+    assert [r.steps for r in with_blocks.restarts[:1]] == [r.steps for r in alone.restarts]
+    with pytest.raises(ConfigError, match="blocks: -1 is negative"):
+        DecreeConfig(blocks=-1)
 
 
 def test_the_encoder_is_left_as_it_was(images):

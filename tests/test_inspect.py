@@ -68,7 +68,7 @@ def test_an_encoder_that_maps_everything_to_one_point_is_not_judged():
 
 # ---------------------------------------------------------------- the command
 
-FAST = ("--restarts", "1", "--set", "pool=64", "--set", "batch_size=32", "--set", "epochs=12")
+FAST = ("--restarts", "1", "--set", "blocks=0", "--set", "pool=64", "--set", "batch_size=32", "--set", "epochs=12")
 
 
 @pytest.fixture

@@ -208,7 +208,7 @@ def _as_seen(pixels: Tensor, spec: EncoderSpec) -> Tensor:
 
 def _invert(spec: EncoderSpec, images: Tensor, config: DecreeConfig, title: str) -> Inversion:
     encoder = load_encoder(spec).to(runtime.device())
-    total = config.restarts * config.epochs
+    total = config.starts * config.epochs
     with ProgressDisplay(title, total, total, "epochs") as display:
 
         def on_epoch(restart: int, epoch: int, note: str) -> None:

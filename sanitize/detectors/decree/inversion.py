@@ -7,7 +7,7 @@ result: L1 is the sum of the mask over 3 channels, P-L1 = L1 / (3 H W) in [0, 1]
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from sanitize.stages.encoders import device_of, embed_in_batches
 CONVENTION = "l1 = sum of the mask over 3 channels; p_l1 = l1 / (3 H W); pixels = l1 / 3"
 EPSILON = 1e-7  # of the reference's tanh parametrisation
 CHECKED_PER_EPOCH = 8  # smallest candidates of an epoch that are tried on the whole pool
+VISIBLE = 0.98  # of the mask, in the square that a start begins with
 CHUNK = 256  # images per forward pass without gradient
 EpochCallback = Callable[[int, int, str], None]  # restart, epochs done in it, note
 log = logging.getLogger(__name__)
@@ -126,6 +127,18 @@ def learning_rate(config: DecreeConfig, epoch: int) -> float:
     return config.learning_rates[sum(epoch >= milestone for milestone in config.milestones)]
 
 
+def block_mask(size: Sequence[int], blocks: int, number: int) -> Tensor:
+    """(1, H, W) float64: nearly 1 in square `number` of blocks x blocks that overlap by half and cover the image, nearly 0 elsewhere."""
+    mask = torch.full((1, *size), 1 - VISIBLE, dtype=torch.float64)
+    row, column = divmod(number, blocks)
+    (top, bottom), (left, right) = (
+        (round(place * side / (blocks + 1)), round((place + 2) * side / (blocks + 1)))
+        for place, side in zip((row, column), size, strict=True)
+    )
+    mask[:, top:bottom, left:right] = VISIBLE
+    return mask
+
+
 class Penalty:
     """The weight lambda of the mask's size, adapted after every step (reference code, main.py).
 
@@ -155,21 +168,26 @@ class Penalty:
 
 
 class _Descent:
-    """One random start: logits, Adam, lambda and the generator that everything random comes from."""
+    """One start: logits, Adam, lambda and the generator that everything random comes from."""
 
     def __init__(self, pool: Tensor, encoder: nn.Module, config: DecreeConfig, restart: int) -> None:
         """pool: (N, 3, H, W) uint8, on the encoder's device."""
         self.pool, self.encoder, self.config = pool, encoder, config
         self.generator = generator_for(config.seed, restart)
-        self.logits = [self._random_logits(channels) for channels in (1, 3)]  # mask, pattern
+        random = [self._random(channels) for channels in (1, 3)]
+        mask = (
+            random[0]
+            if restart < config.restarts
+            else block_mask(pool.shape[-2:], config.blocks, restart - config.restarts)
+        )
+        self.logits = [to_logits(values).to(pool.device).requires_grad_() for values in (mask, random[1])]
         self.optimiser = torch.optim.Adam(self.logits, betas=(config.betas[0], config.betas[1]))
         self.penalty = Penalty(config)
         self.steps = 0
 
-    def _random_logits(self, channels: int) -> Tensor:
-        """Decoded values uniform in [0, 1); float64 like the reference, because short runs diverge by rounding."""
-        values = torch.rand(channels, *self.pool.shape[2:], generator=self.generator, dtype=torch.float64)
-        return to_logits(values).to(self.pool.device).requires_grad_()
+    def _random(self, channels: int) -> Tensor:
+        """Uniform in [0, 1); float64 like the reference, because short runs diverge by rounding."""
+        return torch.rand(channels, *self.pool.shape[2:], generator=self.generator, dtype=torch.float64)
 
     def epoch(self, number: int) -> tuple[float, list[InvertedTrigger]]:
         """One pass over the pool: mean cosine of its batches, and the masks that collapsed theirs."""
@@ -224,7 +242,7 @@ def invert(
                 "the encoder gives embeddings that are not finite numbers, so no trigger can be searched. "
                 "Check its weights, mean and std."
             )
-        restarts = tuple(_restart(pool, encoder, config, number, on_epoch) for number in range(config.restarts))
+        restarts = tuple(_restart(pool, encoder, config, number, on_epoch) for number in range(config.starts))
     return Inversion(restarts, plain, len(pool), pool.shape[-1])
 
 
