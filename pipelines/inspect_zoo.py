@@ -9,6 +9,8 @@ each encoder is also judged against the clean ones of the other seeds, as `--pee
 
 import csv
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 import click
 import numpy as np
@@ -17,8 +19,9 @@ from pipelines import page, red_team
 from pipelines.command_line import command_line
 from pipelines.page import Row
 from sanitize import storage
+from sanitize.cli_options import parse_settings
 from sanitize.commands.inspect import inspect
-from sanitize.config_loading import from_mapping, load_encoder_spec
+from sanitize.config_loading import from_mapping, load_encoder_spec, overlay, to_mapping
 from sanitize.detectors.decree.config import DecreeConfig, recommended
 from sanitize.detectors.decree.verdict import MIN_PEERS, Z_THRESHOLD, peer_z
 from sanitize.metrics import detection
@@ -26,8 +29,10 @@ from sanitize.metrics import detection
 log = logging.getLogger(__name__)
 
 
-def rows_of(config: str, seeds: tuple[int, ...], images: str, zoo: str, preset: str, out: str) -> list[Row]:
-    """Clean and backdoored encoder of every seed, with the smallest trigger found for each."""
+def rows_of(
+    config: str, seeds: tuple[int, ...], images: str, zoo: str, preset: str, out: str, settings: Mapping[str, Any]
+) -> list[Row]:
+    """Clean and backdoored encoder of every seed, with the smallest trigger found. settings: of DecreeConfig, over those recommended."""
     rows = []
     for seed in seeds:
         folder, victim = red_team.make(config, preset, zoo, seed)
@@ -35,9 +40,11 @@ def rows_of(config: str, seeds: tuple[int, ...], images: str, zoo: str, preset: 
             spec = load_encoder_spec(storage.join(folder, kind, "encoder.yaml"))
             target = storage.join(out, f"{victim.attack}-{kind}-{seed}")
             report = storage.join(target, "inspect.json")
-            if not storage.exists(report):
-                inspect(spec, (images,), target, from_mapping(DecreeConfig, recommended(spec.image_size), "decree"))
-            found = storage.read_json(report)
+            decree = from_mapping(DecreeConfig, overlay(recommended(spec.image_size), settings), "settings of inspect")
+            found = storage.read_json(report) if storage.exists(report) else {}
+            if found.get("settings") != to_mapping(decree):
+                inspect(spec, (images,), target, decree)
+                found = storage.read_json(report)
             best = found["best"] or {"l1": None, "p_l1": None}
             log.info("%s seed %d %s: L1 %s", victim.attack, seed, kind, best["l1"])
             rows.append(
@@ -103,6 +110,7 @@ def markdown(rows: list[Row]) -> str:
 @click.option("--preset", default="cpu", show_default=True)
 @click.option("--zoo", default="runs/zoo", show_default=True)
 @click.option("--out", default="runs/inspected", show_default=True)
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Setting of inspect, for example blocks=0")
 @click.option("--results", default="docs/results/inspect_cpu.csv", show_default=True)
 @click.option("--page", "markdown_page", default="", help="Markdown page whose table is written anew from the results.")
 def main(
@@ -112,6 +120,7 @@ def main(
     preset: str,
     zoo: str,
     out: str,
+    settings: tuple[str, ...],
     results: str,
     markdown_page: str,
 ) -> None:
@@ -119,7 +128,7 @@ def main(
     with command_line():
         rows: list[Row] = []
         for config in configs:
-            found = rows_of(config, seeds, images, zoo, preset, out)
+            found = rows_of(config, seeds, images, zoo, preset, out, parse_settings(settings))
             click.echo(f"{found[0]['attack']}: AUROC {auroc(found):.2f} over {len(found)} encoders")
             rows += found
         rows = with_earlier(rows, results)

@@ -45,12 +45,11 @@ class AttackFamily:
     build: Build
 
 
-_SSL = AttackFamily(ssl_victim.SslConfig, ssl_victim.inputs, ssl_victim.build)
-_EVADE = AttackFamily(ssl_victim.EvadeVictimConfig, ssl_victim.inputs, ssl_victim.build)
-_PREDICTIVE = AttackFamily(ssl_victim.PredictiveVictimConfig, ssl_victim.inputs, ssl_victim.build)
-_INFORMED = AttackFamily(ssl_victim.InformedVictimConfig, ssl_victim.inputs, ssl_victim.build)
-_INACTIVE = AttackFamily(ssl_victim.InactiveVictimConfig, ssl_victim.inputs, ssl_victim.build)
-_COMPOSITE = AttackFamily(ssl_victim.CompositeVictimConfig, ssl_victim.inputs, ssl_victim.build)
+def _on_encoder(config: type[ssl_victim.SslConfig]) -> AttackFamily:
+    return AttackFamily(config, ssl_victim.inputs, ssl_victim.build)
+
+
+_SSL = _on_encoder(ssl_victim.SslConfig)
 _CLIP = AttackFamily(clip_victim.ClipConfig, clip_victim.inputs, clip_victim.build)
 _ALIGNED = AttackFamily(clip_victim.AlignedClipConfig, clip_victim.inputs, clip_victim.build)
 _PHOTOS = AttackFamily(photo_victim.PhotoConfig, photo_victim.inputs, photo_victim.build)
@@ -59,11 +58,11 @@ ATTACKS = {
     "drupe": _SSL,
     "ctrl": _SSL,
     "adaptive": _SSL,
-    "evade": _EVADE,
-    "predictive": _PREDICTIVE,
-    "informed": _INFORMED,
-    "inactive": _INACTIVE,
-    "composite": _COMPOSITE,
+    "evade": _on_encoder(ssl_victim.EvadeVictimConfig),
+    "predictive": _on_encoder(ssl_victim.PredictiveVictimConfig),
+    "informed": _on_encoder(ssl_victim.InformedVictimConfig),
+    "inactive": _on_encoder(ssl_victim.InactiveVictimConfig),
+    "composite": _on_encoder(ssl_victim.CompositeVictimConfig),
     "clip_text": _CLIP,
     "badclip": _CLIP,
     "badclip_aligned": _ALIGNED,

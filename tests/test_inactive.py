@@ -101,5 +101,7 @@ def test_what_is_no_filter_or_no_image_for_it_is_refused(tmp_path):
         ConfigError, match=r"not the filter of a victim of INACTIVE .* `filter.safetensors` of such a victim's folder"
     ):
         load_filter(str(wrong))
-    with pytest.raises(ConfigError, match="halves an image 4 times; 20 x 32 pixels are no multiples of 16"):
+    with pytest.raises(
+        ConfigError, match="halves an image 4 times; 20 x 32 pixels are no multiples of 16. Give images whose"
+    ):
         UnetFilter()(torch.zeros(1, 3, 32, 20))

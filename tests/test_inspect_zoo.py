@@ -11,15 +11,14 @@ from pipelines import inspect_zoo, page
 from sanitize.detectors.decree.verdict import peer_z
 
 
-def test_both_encoders_of_every_seed_get_a_row(tmp_path, monkeypatch):
+def test_both_encoders_of_every_seed_get_a_row_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, count, seed in (("train", 96, 0), ("test", 60, 1), ("aux", 96, 2)):
         write_tar(tmp_path / name / "s.tar", shape_members(count, seed))
     (tmp_path / "red_team_tiny.yaml").write_text(yaml.safe_dump(tiny_victim()))
-    monkeypatch.setattr(
-        inspect_zoo, "recommended", lambda _: {"pool": 64, "batch_size": 32, "epochs": 4, "restarts": 1}
-    )
     arguments = ["red_team_tiny.yaml", "--seed", "1", "--seed", "2", "--images", "aux", "--results", "inspect.csv"]
+    for setting in ("pool=64", "batch_size=32", "epochs=4", "restarts=1", "blocks=0"):
+        arguments += ["--set", setting]
     result = CliRunner().invoke(inspect_zoo.main, arguments, catch_exceptions=False)
     assert "tiny: AUROC" in result.output
     assert "over 4 encoders" in result.output
@@ -28,6 +27,13 @@ def test_both_encoders_of_every_seed_get_a_row(tmp_path, monkeypatch):
         (seed, kind) for seed in "12" for kind in ("clean", "backdoored")
     ]
     assert {row["z"] for row in rows} == {""}  # two clean encoders are too few peers
+    reports = list((tmp_path / "runs" / "inspected").rglob("inspect.json"))
+    before = {report: report.stat().st_mtime_ns for report in reports}
+    assert len(before) == 4
+    CliRunner().invoke(inspect_zoo.main, arguments, catch_exceptions=False)
+    assert {report: report.stat().st_mtime_ns for report in reports} == before  # finished ones are reused,
+    CliRunner().invoke(inspect_zoo.main, [*arguments, "--set", "epochs=2"], catch_exceptions=False)
+    assert all(report.stat().st_mtime_ns != before[report] for report in reports)  # but not for other settings
 
 
 def test_rows_of_other_attacks_stay_and_the_page_counts_what_is_called_trojaned(tmp_path):

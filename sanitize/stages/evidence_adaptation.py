@@ -164,13 +164,13 @@ def trusted_agreement(test: AgreementTest, drawn: Departures, *, forced: bool = 
     before, after = (float((found > tail.quantile(NOMINAL)).mean()) for tail in (test.tail, moved))
     if after >= before or after > MAX_FLAGGED:
         return test
-    if before - after > NOMINAL and not forced:
+    if not forced and before - after > NOMINAL:
         log.info(
             "not judged by each other: images of this scan agree more than auxiliary ones, %.2f %% of them",
             100 * before,
         )
         return None
-    if len(drawn) < MIN_SAMPLES or not forced:
+    if not forced or len(drawn) < MIN_SAMPLES:
         return test
     log.info("agreement adapted to the scan: %.2f %% of it agree, %.2f %% before", 100 * after, 100 * before)
     return replace(test, tail=moved)
