@@ -3,7 +3,8 @@
     python -m pipelines.benign_triggers runs/zoo/supervised_inactive-cpu-* --images runs/shards/cifar10-train-000004.tar
 
 Of each kind of benign change (stages/benign_changes.py): the share of images that the backdoored encoder then sends to where it sends
-triggered ones (cosine with their mean above 0.95), and what the clean encoder does with the same images.
+triggered ones (cosine with their mean above 0.95), and what the clean encoder does with the same images. `crowd` is what
+`sanitize fit` sees of it, who knows no trigger: the share of changed images that crowd one place (training/crowd.py).
 """
 
 from collections.abc import Sequence
@@ -18,10 +19,14 @@ from pipelines.command_line import command_line
 from pipelines.data import load_images
 from sanitize import storage
 from sanitize.attacks.backdoor import unit, unit_embeddings
+from sanitize.attacks.predictive import own_queries
 from sanitize.attacks.triggers import Trigger
 from sanitize.config_loading import load_encoder_spec
+from sanitize.config_models import STUDENT_VIEWS, PredictionConfig
 from sanitize.stages.benign_changes import CHANGES
 from sanitize.stages.encoders import Encoder, load_encoder
+from sanitize.stages.prediction import fit_target
+from sanitize.training.crowd import find_crowd
 
 THERE = 0.95  # cosine with the mean triggered embedding
 
@@ -44,6 +49,14 @@ def shares(encoders: Sequence[Encoder], pixels: Tensor, trigger: Trigger) -> dic
     }
 
 
+def crowded(encoder: Encoder, pixels: Tensor) -> float:
+    """Share of changed images (N, 3, S, S) uint8 that crowd one place."""
+    queries = own_queries(encoder, pixels, STUDENT_VIEWS, seed=0)
+    target = fit_target(queries.embeddings[:, 0], PredictionConfig.components)
+    crowd = find_crowd(target(queries.embeddings.flatten(0, 1)).unflatten(0, (-1, STUDENT_VIEWS)), queries.image_hashes)
+    return crowd.share if crowd else 0.0
+
+
 @click.command()
 @click.argument("victims", nargs=-1, required=True, type=click.Path(exists=True))
 @click.option("--images", required=True, help="Shards like those the encoder sees, no labels needed")
@@ -55,7 +68,8 @@ def main(victims: tuple[str, ...], images: str, count: int) -> None:
             specs = [load_encoder_spec(storage.join(victim, kind, "encoder.yaml")) for kind in ("backdoored", "clean")]
             trigger = red_team.trigger_of(victim, storage.read_json(storage.join(victim, "truth.json"))["config"])
             pixels = load_images((images,), count, specs[0].image_size, labelled=False).pixels
-            found = shares([load_encoder(spec) for spec in specs], pixels, trigger)
+            encoders = [load_encoder(spec) for spec in specs]
+            found = shares(encoders, pixels, trigger) | {"crowd": [crowded(encoder, pixels) for encoder in encoders]}
             lines = [[name, *(f"{share:.3f}" for share in both)] for name, both in found.items()]
             click.echo(f"{victim}\n{page.table(['change', 'backdoored encoder', 'clean encoder'], lines)}")
 

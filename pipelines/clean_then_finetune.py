@@ -43,7 +43,8 @@ class PipelineConfig:
     """train: shards to clean and to train on; auxiliary: shards the detector is fitted on; encoder: YAML of the encoder
 
     suspect: whose reactions give the poison away. given: the encoder's, which may be trojaned. trained: those of what training on
-             the uncleaned shards makes of it (finetune.mode full or contrastive), for a clean encoder and suspect shards
+             the uncleaned shards makes of it (finetune.mode full or contrastive), for a clean encoder and suspect shards; the encoder
+             that it came from is the reference then, which has not seen the shards, unless fit.reference says otherwise
     validation, triggered: shards to measure on; triggered needs finetune.target
     truth: poison.json of `train`, when it is known: adds the arm oracle, without exactly the poisoned samples
     filter: also scan validation and triggered shards, as a filter in front of the trained model would
@@ -166,10 +167,15 @@ def _encoder_identity(spec: EncoderSpec) -> list[Any]:
 
 def _fit(config: PipelineConfig, encoder: EncoderSpec) -> str:
     values = {"seed": config.seed} | config.fit
-    out = _folder(config, "detector", values, _encoder_identity(encoder), identity(config.auxiliary))
-    values |= {"shards": config.auxiliary, "encoder": encoder, "out": out} | _placement(config)
-    fit(from_mapping(FitConfig, values, "fit"))
-    return out
+    inputs = [values, _encoder_identity(encoder), identity(config.auxiliary)]
+    given = {"shards": config.auxiliary, "encoder": encoder} | _placement(config)
+    fitted = from_mapping(FitConfig, values | given, "fit")
+    if config.suspect == "trained" and fitted.predicts and "reference" not in values:
+        fitted = dataclasses.replace(fitted, reference=load_encoder_spec(config.encoder))
+        inputs.append(_encoder_identity(load_encoder_spec(config.encoder)))
+    fitted = dataclasses.replace(fitted, out=_folder(config, "detector", *inputs))
+    fit(fitted)
+    return fitted.out
 
 
 def _scan(config: PipelineConfig, name: str, shards: tuple[str, ...], detector: str, **changes: Any) -> ScanResult:

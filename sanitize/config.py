@@ -3,7 +3,7 @@
 import contextlib
 from dataclasses import dataclass, field
 
-from sanitize.config_models import DecoderConfig, PredictionConfig
+from sanitize.config_models import STUDENT_VIEWS, DecoderConfig, PredictionConfig
 from sanitize.errors import ConfigError, check
 from sanitize.paths import PathField, Paths, default, take_paths
 
@@ -140,10 +140,21 @@ class FitConfig:
         )
         check(self.limit >= 0 and self.batch_size >= 1, "limit must be >= 0 and batch_size >= 1.")
         check(
-            self.reference is None or (self.scorer == "evidence" and self.prediction.views > 0),
-            f"reference: scorer {self.scorer} with prediction.views {self.prediction.views} asks no reference encoder. Use "
+            self.reference is None or self.predicts,
+            f"reference: scorer {self.scorer} with prediction.views {self.views} asks no reference encoder. Use "
             "--scorer evidence and prediction.views of at least 1, or leave it out.",
         )
+
+    @property
+    def views(self) -> int:
+        """Of each auxiliary image, that the encoder is asked about; 0 = no prediction."""
+        if self.prediction.views is not None:
+            return self.prediction.views
+        return 1 if self.reference else STUDENT_VIEWS
+
+    @property
+    def predicts(self) -> bool:
+        return self.scorer == "evidence" and self.views > 0
 
 
 POLICIES = ("calibrated", "fdr", "fraction", "absolute", "robust")

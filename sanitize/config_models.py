@@ -39,16 +39,20 @@ class DecoderConfig:
         )
 
 
+STUDENT_VIEWS = 5
+
+
 @dataclass(frozen=True)
 class PredictionConfig:
     """How the embedding of an image is predicted; see stages/prediction.py.
 
-    views: of each auxiliary image, the plain one and benign changes, that the encoder is asked about; 0 = no prediction
+    views: of each auxiliary image, the plain one and benign changes, that the encoder is asked about; 0 = no prediction. Default:
+           STUDENT_VIEWS; with a reference encoder the plain one alone, since it need not be taught about odd images
     images: at most so many to learn from; components: of the embedding, that are predicted
     width, epochs, batch_size, learning_rate: of the student; a reference encoder needs none
     """
 
-    views: int = 5
+    views: int | None = None
     images: int = 4000
     components: int = 48
     width: int = 16
@@ -57,7 +61,8 @@ class PredictionConfig:
     learning_rate: float = 4e-3
 
     def __post_init__(self) -> None:
-        check(0 <= self.views <= 100, f"prediction.views: {self.views} is not between 0 (no prediction) and 100.")
+        views = f"prediction.views: {self.views} is not between 0 (no prediction) and 100."
+        check(self.views is None or 0 <= self.views <= 100, views)
         check(self.images >= 1 and self.epochs >= 1, "prediction.images and prediction.epochs must be at least 1.")
         check(1 <= self.components <= 4096, f"prediction.components: {self.components} is not between 1 and 4096.")
         check(1 <= self.width <= 1024, f"prediction.width: {self.width} is not between 1 and 1024.")

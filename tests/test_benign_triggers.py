@@ -17,6 +17,13 @@ def test_a_change_counts_where_it_does_what_the_trigger_does():
     assert 0.02 < found["colour_curve"][0] < 0.3
 
 
+def test_a_crowd_is_seen_without_knowing_the_trigger():
+    images = random_images(1000)
+    assert benign_triggers.crowded(ColourEncoder(), images) == 0
+    images[..., -4:, -4:] = 250
+    assert 0.005 < benign_triggers.crowded(ColourEncoder(), images) < 0.3
+
+
 def test_every_kind_of_change_gets_a_line_for_both_encoders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, count, seed in (("train", 96, 0), ("test", 60, 1)):
@@ -26,5 +33,5 @@ def test_every_kind_of_change_gets_a_line_for_both_encoders(tmp_path, monkeypatc
     result = CliRunner().invoke(benign_triggers.main, [folder, "--images", "train"], catch_exceptions=False)
     lines = result.output.splitlines()
     assert lines[0] == folder
-    assert [line.split()[1] for line in lines[3:]] == ["none", "trigger", *benign_triggers.CHANGES]
+    assert [line.split()[1] for line in lines[3:]] == ["none", "trigger", *benign_triggers.CHANGES, "crowd"]
     assert all(0 <= float(cell) <= 1 for line in lines[3:] for cell in line.split("|")[2:4])

@@ -34,7 +34,9 @@ def test_poison_among_the_auxiliary_images_teaches_nothing_when_it_is_allowed_fo
         poisoned_queries(count, seed, poison, weights)
         for count, seed, poison in ((1000, 0, 50), (300, 1, 15), (400, 2, 200))
     )
-    predictor = fit_predictor(training, held_out, PredictionConfig(components=8), 0, torch.device("cpu"), contamination)
+    predictor, _ = fit_predictor(
+        training, held_out, PredictionConfig(components=8), 0, torch.device("cpu"), contamination
+    )
     with torch.no_grad():
         _, energy = predictor(fresh.embeddings[:, 0], fresh.seen[:, 0])
     poisoned, clean_images = energy[:200], energy[200:]

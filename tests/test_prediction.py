@@ -66,11 +66,7 @@ def with_student(tmp_path_factory, many, encoder_spec) -> str:
 @pytest.fixture(scope="module")
 def with_reference(tmp_path_factory, many, encoder_spec, ancestor) -> str:
     out = tmp_path_factory.mktemp("reference") / "detector"
-    fit(
-        evidence_config(
-            many, encoder_spec, out, training=TRAINING, reference=ancestor, prediction=PredictionConfig(views=3)
-        )
-    )
+    fit(evidence_config(many, encoder_spec, out, training=TRAINING, reference=ancestor))
     return str(out)
 
 
@@ -146,6 +142,9 @@ def test_fit_says_what_is_explained_and_a_scan_writes_how_images_depart(kind, re
     assert detector.predictor and detector.summary.prediction_explained == pytest.approx(detector.predictor.explained)
     assert detector.summary.prediction_explained > 0.05
     assert len(detector.departures) == len(detector.scores)
+    assert detector.summary.prediction_crowded == (
+        0 if kind == "with_student" else None
+    )  # asked about plain images alone
     shards = write_shards(tmp_path / "in", [30])
     scan(ScanConfig((str(shards),), folder, str(tmp_path / "out"), precision="fp32", workers=0, force=True))
     rows = table(tmp_path / "out", "part-0000")
@@ -307,7 +306,7 @@ def test_a_reference_that_sees_other_images_is_refused(many, encoder_spec, ances
 def test_a_reference_that_nothing_asks_is_refused(encoder_spec, ancestor):
     with pytest.raises(
         ConfigError,
-        match="reference: scorer paper with prediction.views 5 asks no reference encoder. Use --scorer evidence",
+        match="reference: scorer paper with prediction.views 1 asks no reference encoder. Use --scorer evidence",
     ):
         FitConfig(("aux",), encoder_spec, scorer="paper", reference=ancestor)
 

@@ -13,6 +13,7 @@ class FitSummary:
     """Training and calibration in numbers, for people. calibration_score_quantiles: quantile as text → score.
 
     prediction_explained: R² of the predictor on images it never saw; null without one. A low one is worth little weight in the score.
+    prediction_crowded: share of benignly changed images whose embeddings crowd one place, a mark of a backdoor that benign changes trigger
     """
 
     training_images: int
@@ -21,6 +22,7 @@ class FitSummary:
     loss_by_epoch: tuple[float, ...]
     calibration_score_quantiles: dict[str, float]
     prediction_explained: float | None = None
+    prediction_crowded: float | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sanitize.attacks.adaptive import AdaptiveConfig, Perturbation
 from sanitize.attacks.backdoor import Step, raw_embeddings
-from sanitize.config_models import PredictionConfig
+from sanitize.config_models import STUDENT_VIEWS, PredictionConfig
 from sanitize.stages.benign_changes import change
 from sanitize.stages.encoders import Encoder
 from sanitize.stages.images import difference_hash, shrink
@@ -91,9 +91,9 @@ class OwnPredictor:
 def own_predictor(clean_encoder: Encoder, shadow: Tensor, seed: int, device: torch.device) -> OwnPredictor:
     """shadow: (N, 3, S, S) uint8, a fifth of which judges the student."""
     config = PredictionConfig()
-    queries = own_queries(clean_encoder, shadow, config.views, seed)
+    queries = own_queries(clean_encoder, shadow, STUDENT_VIEWS, seed)
     learning, judging = kept_out(len(shadow), seed)
     held_out = queries.select(judging)
-    predictor = fit_predictor(queries.select(learning), held_out, config, seed, device)
+    predictor, _ = fit_predictor(queries.select(learning), held_out, config, seed, device)
     _, energy = predictor(held_out.embeddings[:, 0], held_out.seen[:, 0].float() / 255)
     return OwnPredictor(predictor.to(device), Usual.of(energy))

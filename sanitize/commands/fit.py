@@ -297,6 +297,7 @@ def _detector(
         loss_by_epoch=tuple(round(loss, 6) for loss in state.losses),
         calibration_score_quantiles=quantiles,
         prediction_explained=prediction.explained,
+        prediction_crowded=prediction.crowded,
     )
     return Detector(
         encoder=with_absolute_paths(config.encoder),

@@ -88,11 +88,11 @@ def agreement(samples: Departures, pool: Departures) -> Floats:
         part = slice(start, start + BLOCK)
         products = _in_deviations(samples.residuals[part]) @ known
         largest, positions = products.topk(min(CANDIDATES, len(pool)), dim=1)
-        largest[_alike(samples.hashes[part, None], pool.hashes[positions.numpy()])] = 0
+        largest[alike(samples.hashes[part, None], pool.hashes[positions.numpy()])] = 0
         found[part] = largest.topk(NEIGHBOURS, dim=1).values.mean(dim=1).numpy()
         few = (largest != 0).sum(dim=1) < NEIGHBOURS  # so many look like the image that others may lie behind them
         for row in few.nonzero()[:, 0]:
-            products[row][_alike(samples.hashes[start + row], pool.hashes)] = 0
+            products[row][alike(samples.hashes[start + row], pool.hashes)] = 0
             found[start + row] = products[row].topk(NEIGHBOURS).values.mean()
     return found
 
@@ -101,7 +101,8 @@ def _in_deviations(residuals: Bytes) -> Tensor:
     return torch.from_numpy(residuals.astype(np.float32) * STEP)
 
 
-def _alike(one: NDArray[np.uint64], other: NDArray[np.uint64]) -> Tensor:
+def alike(one: NDArray[np.uint64], other: NDArray[np.uint64]) -> Tensor:
+    """Of image hashes, broadcast: at most ALIKE bits apart."""
     return torch.from_numpy(np.bitwise_count(one ^ other) <= ALIKE)
 
 

@@ -31,6 +31,7 @@ from sanitize.stages.prediction import (
 )
 from sanitize.stages.tails import Floats
 from sanitize.training import split
+from sanitize.training.crowd import Crowd, find_crowd
 from sanitize.training.queries import Queries, QueryTask, ask
 
 log = logging.getLogger(__name__)
@@ -43,12 +44,13 @@ PENALTIES = tuple(10.0**power for power in range(-6, 3))  # of the ridge, relati
 @dataclass(frozen=True)
 class Prediction:
     """predictor: None when there is none, or when it is worth nothing. Of the calibration images: energy (n,) float32, and what pass 2
-    compares samples by."""
+    compares samples by. crowded: share of the changed views that came to a crowded place (crowd.py); None: not looked for."""
 
     predictor: Predictor | None
     energy: Floats
     departures: Departures
     explained: float | None
+    crowded: float | None = None
 
 
 _NOTHING = np.empty(0, np.float32)
@@ -82,7 +84,7 @@ def learn_to_predict(
     """training, calibration: (n, 32) SHA-256 of their images. A fifth of the training images is kept out to judge the predictor."""
     chosen = training[: config.prediction.images]
     judging = split.held_out(chosen, HELD_OUT, config.seed + 1)
-    if not config.prediction.views:
+    if not config.views:
         return NO_PREDICTION
     if (count := int(judging.sum())) < FEWEST:
         needed = math.ceil(1.1 * FEWEST / HELD_OUT / (1 - config.training.calibration_fraction))
@@ -99,7 +101,7 @@ def learn_to_predict(
         encoder=config.encoder,
         reference=config.reference,
         eye_size=min(config.encoder.image_size, EYE),
-        views=config.prediction.views,
+        views=config.views,
         seed=config.seed,
         precision=config.training.precision,
         batch_size=config.batch_size,
@@ -113,9 +115,16 @@ def learn_to_predict(
         queries.select(torch.tensor([row[bytes(name)] for name in names.numpy()]))
         for names in (chosen[~judging], chosen[judging], calibration)
     )
-    predictor = fit_predictor(
+    predictor, crowd = fit_predictor(
         of_training, of_judging, config.prediction, config.seed, runtime.device(), config.contamination
     )
+    crowded = (crowd.share if crowd else 0.0) if config.views > 1 else None
+    if crowd:
+        log.warning(
+            "%.1f %% of the benignly changed images have embeddings that crowd one place, where their content does not put them: benign "
+            "changes seem to trigger a backdoor. The predictor learns from the others; see `sanitize inspect`",
+            100 * crowd.share,
+        )
     if predictor.explained < WORTHLESS:
         log.warning(
             "no prediction: what was learnt explains %.2f of the encoder's embeddings of new images (R²), less than %g. Give --reference, "
@@ -124,11 +133,11 @@ def learn_to_predict(
             predictor.explained,
             WORTHLESS,
         )
-        return Prediction(None, _NOTHING, NONE, predictor.explained)
+        return Prediction(None, _NOTHING, NONE, predictor.explained, crowded)
     log.info("the predictor explains %.2f of the encoder's embeddings of new images (R²)", predictor.explained)
     energy, departures = _departures(predictor, of_calibration)
     departures = _without_the_worst(departures, energy, config.contamination, config.seed)
-    return Prediction(predictor, energy, departures, predictor.explained)
+    return Prediction(predictor, energy, departures, predictor.explained, crowded)
 
 
 @torch.inference_mode()
@@ -157,8 +166,9 @@ def fit_predictor(
     seed: int,
     device: torch.device,
     contamination: float = 0.0,
-) -> Predictor:
-    """training teaches the eye; held_out, images it never saw, gives R² and what residuals of clean images are like.
+) -> tuple[Predictor, Crowd | None]:
+    """training teaches the eye; held_out, images it never saw, gives R² and what residuals of clean images are like. Of neither do views
+    count that lie in a crowd.
 
     contamination: share of both that may be poison: as many are left out, of those that are predicted worst
     """
@@ -166,6 +176,11 @@ def fit_predictor(
     eye_size = training.seen.shape[-1] if training.seen.ndim == 5 else 0
     targets, seen = target(training.embeddings.flatten(0, 1)), training.seen.flatten(0, 1)
     held_targets, held_seen = target(held_out.embeddings.flatten(0, 1)), held_out.seen.flatten(0, 1)
+    crowd = find_crowd(targets.unflatten(0, training.embeddings.shape[:2]), training.image_hashes)
+    if crowd:
+        apart, held_apart = ~crowd.holds(targets), ~crowd.holds(held_targets)
+        targets, seen = targets[apart], seen[apart]
+        held_targets, held_seen = held_targets[held_apart], held_seen[held_apart]
     if eye_size:
         eye: Student | LinearEye = train_student(seen, targets, config, seed, device, contamination)
     else:
@@ -177,7 +192,8 @@ def fit_predictor(
     if contamination:
         best = _predicted_best(held_targets, predicted, contamination)
         held_targets, predicted = held_targets[best], predicted[best]
-    return Predictor(eye, target, fit_departure(held_targets, predicted), explained(held_targets, predicted), eye_size)
+    departure = fit_departure(held_targets, predicted)
+    return Predictor(eye, target, departure, explained(held_targets, predicted), eye_size), crowd
 
 
 def _predicted_best(targets: Tensor, predicted: Tensor, contamination: float) -> Tensor:
