@@ -23,7 +23,7 @@ from sanitize.cli_options import parse_settings
 from sanitize.commands.inspect import inspect
 from sanitize.config_loading import from_mapping, load_encoder_spec, overlay, to_mapping
 from sanitize.detectors.decree.config import DecreeConfig, recommended
-from sanitize.detectors.decree.verdict import MIN_PEERS, Z_THRESHOLD, peer_z
+from sanitize.detectors.decree.verdict import MIN_PEERS, P_THRESHOLD, peer_p
 from sanitize.metrics import detection
 
 log = logging.getLogger(__name__)
@@ -62,13 +62,13 @@ def rows_of(
 
 
 def with_peers(rows: list[Row]) -> list[Row]:
-    """Adds z: robust z of log L1 against the clean encoders of the other seeds; "" with fewer than MIN_PEERS of them."""
-    with_z = []
+    """Adds p (`peer_p`) against the clean encoders of the other seeds; "" with fewer than MIN_PEERS of them."""
+    with_p = []
     for row in rows:
         peers = [r["l1"] for r in rows if r["encoder"] == "clean" and r["seed"] != row["seed"] and r["l1"] is not None]
         enough = row["l1"] is not None and len(peers) >= MIN_PEERS
-        with_z.append(row | {"z": peer_z(row["l1"], peers) if enough else ""})
-    return with_z
+        with_p.append(row | {"p": peer_p(row["l1"], peers) if enough else ""})
+    return with_p
 
 
 def auroc(rows: list[Row]) -> float:
@@ -96,7 +96,7 @@ def markdown(rows: list[Row]) -> str:
         sizes = [f"{np.median([row['l1'] or np.inf for row in kind]):.0f}" for kind in kinds]
         called = [f"{sum(row['verdict'] == 'trojaned' for row in kind)} of {len(kind)}" for kind in kinds]
         stand_out = [
-            f"{sum(row['z'] != '' and float(row['z']) > Z_THRESHOLD for row in kind)} of {len(kind)}" for kind in kinds
+            f"{sum(row['p'] != '' and float(row['p']) < P_THRESHOLD for row in kind)} of {len(kind)}" for kind in kinds
         ]
         lines.append([attack, *sizes, f"{auroc(own):.2f}", *called, *stand_out])
     header = [f"{what}, {kind}" for what in ("called trojaned", "by peers") for kind in ("backdoored", "clean")]

@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from builders import SIZE, encoded, image_members, random_image, write_encoder, write_shards, write_tar
@@ -16,7 +16,7 @@ from sanitize.config_loading import load_encoder_spec
 from sanitize.detectors.decree import inversion as decree
 from sanitize.detectors.decree.config import DecreeConfig
 from sanitize.detectors.decree.inversion import Inversion, InvertedTrigger, Restart
-from sanitize.detectors.decree.verdict import peer_z, verdict_on
+from sanitize.detectors.decree.verdict import peer_p, verdict_on
 
 # ---------------------------------------------------------------- verdicts
 
@@ -30,11 +30,12 @@ def inversion_of(l1: float | None, plain: float = 0.5, size: int = 10) -> Invers
     return Inversion((Restart(trigger, 10, 1, 0.1, 1e-3),), plain, 64, size)
 
 
-def test_z_is_the_distance_below_the_median_in_scaled_mads():
-    assert peer_z(50, [90, 100, 130, 110, 80]) == pytest.approx((100 - 50) / (1.4826 * 10))
-    assert peer_z(120, [90, 100, 110]) < 0
-    assert math.isfinite(peer_z(50, [100, 100, 100]))
-    assert peer_z(100, [100, 100, 100]) == 0
+def test_p_is_a_clean_encoders_chance_of_a_trigger_this_small():
+    peers = np.exp(np.random.default_rng(0).normal(5, 0.3, (20_000, 6)))
+    chances = np.array([peer_p(row[0], row[1:]) for row in peers])
+    for rate in (0.01, 0.1, 0.5):
+        assert (chances < rate).mean() == pytest.approx(rate, rel=0.15)
+    assert peer_p(50, [100, 100, 100]) < 0.01 and peer_p(100, [100, 100, 100]) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -44,14 +45,14 @@ def test_z_is_the_distance_below_the_median_in_scaled_mads():
         (31, (), "clean", "fixed", "is not below 0.1; weak evidence"),
         (29, (30, 31, None), "trojaned", "fixed", "weak evidence"),  # two sizes have no spread
         (
-            50,
+            40,
             (90, 100, 110),
             "trojaned",
             "peers",
-            "z = 3.37 against 3 clean peers (median L1 100.0), flagged above 2.5",
+            "p = 0.0079 against 3 clean peers (median L1 100.0), flagged below 0.01",
         ),
-        (70, (90, 100, 110), "clean", "peers", "z = 2.02 against 3 clean peers"),
-        (29, (28, 30, 32), "clean", "peers", "z = 0.34"),  # small, but so are clean ones
+        (50, (90, 100, 110), "clean", "peers", "p = 0.014 against 3 clean peers"),
+        (29, (28, 30, 32), "clean", "peers", "p = 0.36"),  # small, but so are clean ones
         (None, (90, 100, 110), "clean", "none", "no trigger found; this encoder looks clean to DECREE; additive or"),
     ],
 )
@@ -131,12 +132,12 @@ def white_trigger() -> InvertedTrigger:
 def test_clean_peers_set_the_scale(sanitize, tmp_path, monkeypatch):
     write_shards(tmp_path / "aux", [70])
     encoders = [write_encoder(tmp_path / f"encoder{seed}", seed) for seed in range(4)]
-    sizes = iter([50, 90, 100, 110])
+    sizes = iter([40, 90, 100, 110])
     monkeypatch.setattr(decree, "invert", lambda *_: inversion_of(next(sizes), size=SIZE))
     peers = [argument for peer in encoders[1:] for argument in ("--peer", peer)]
     code, output = sanitize("--encoder", encoders[0], "--images", "aux", *peers)
     assert code == 0
-    assert "verdict: trojaned (z = 3.37 against 3 clean peers (median L1 100.0), flagged above 2.5)" in output
+    assert "verdict: trojaned (p = 0.0079 against 3 clean peers (median L1 100.0), flagged below 0.01)" in output
     assert "clean peers: L1 90.0, L1 100.0, L1 110.0" in output
     report = json.loads((tmp_path / "inspected" / "inspect.json").read_text())
     assert [peer["l1"] for peer in report["peers"]] == pytest.approx([90, 100, 110], rel=1e-6)
@@ -161,7 +162,7 @@ WRONG = {
     "small pool": ((*ENCODER, *IMAGES, "--set", "pool=8"), "batch_size: must be at least 2 and at most pool"),
     "threshold": ((*ENCODER, *IMAGES, "--set", "threshold=2"), "threshold: 2.0 is not between 0 and 1"),
     "milestones": ((*ENCODER, *IMAGES, "--set", "milestones=[9]"), "learning_rates: give one more than milestones"),
-    "two peers": ((*ENCODER, *IMAGES, *OTHERS, *OTHERS), "2 peer(s) given: a median and its spread need at least 3"),
+    "two peers": ((*ENCODER, *IMAGES, *OTHERS, *OTHERS), "2 peer(s) given: how clean encoders differ takes at least 3"),
     "same peer": ((*ENCODER, *IMAGES, *OTHERS * 3), "peer 2: is the encoder under test or an earlier peer"),
     "peer of another kind": (
         (*ENCODER, *IMAGES, *("--peer", "wide/encoder.yaml") * 3),

@@ -8,7 +8,7 @@ from builders import shape_members, tiny_victim, write_tar
 from click.testing import CliRunner
 
 from pipelines import inspect_zoo, page
-from sanitize.detectors.decree.verdict import peer_z
+from sanitize.detectors.decree.verdict import peer_p
 
 
 def test_both_encoders_of_every_seed_get_a_row_once(tmp_path, monkeypatch):
@@ -26,7 +26,7 @@ def test_both_encoders_of_every_seed_get_a_row_once(tmp_path, monkeypatch):
     assert [(row["seed"], row["encoder"]) for row in rows] == [
         (seed, kind) for seed in "12" for kind in ("clean", "backdoored")
     ]
-    assert {row["z"] for row in rows} == {""}  # two clean encoders are too few peers
+    assert {row["p"] for row in rows} == {""}  # two clean encoders are too few peers
     reports = list((tmp_path / "runs" / "inspected").rglob("inspect.json"))
     before = {report: report.stat().st_mtime_ns for report in reports}
     assert len(before) == 4
@@ -37,14 +37,14 @@ def test_both_encoders_of_every_seed_get_a_row_once(tmp_path, monkeypatch):
 
 
 def test_rows_of_other_attacks_stay_and_the_page_counts_what_is_called_trojaned(tmp_path):
-    def line(attack, kind, seed, l1, verdict, z=""):
-        return {"attack": attack, "seed": seed, "encoder": kind, "l1": l1, "verdict": verdict, "z": z}
+    def line(attack, kind, seed, l1, verdict, p=""):
+        return {"attack": attack, "seed": seed, "encoder": kind, "l1": l1, "verdict": verdict, "p": p}
 
     path = str(tmp_path / "inspect.csv")
     page.write_csv(path, [line("old", "clean", 1, 300.0, "clean"), line("old", "backdoored", 1, 90.0, "trojaned")])
-    page.write_csv(path, inspect_zoo.with_earlier([line("new", "clean", 1, 100.0, "trojaned", 3.0)], path))
+    page.write_csv(path, inspect_zoo.with_earlier([line("new", "clean", 1, 100.0, "trojaned", 0.001)], path))
     rows = inspect_zoo.with_earlier(
-        [line("new", "clean", 2, None, "clean"), line("new", "backdoored", 2, 50.0, "clean", 2.6)], path
+        [line("new", "clean", 2, None, "clean"), line("new", "backdoored", 2, 50.0, "clean", 0.009)], path
     )
     assert [(row["attack"], row["encoder"]) for row in rows] == [
         ("old", "clean"),
@@ -70,6 +70,6 @@ def test_smaller_triggers_are_more_suspicious_and_none_is_the_least():
 def test_an_encoder_is_judged_by_the_clean_ones_of_other_seeds():
     rows = [row("clean", s, 300.0 + 10 * s) for s in range(4)] + [row("backdoored", 0, 60.0)]
     judged = inspect_zoo.with_peers(rows)
-    assert judged[-1]["z"] == peer_z(60.0, [310.0, 320.0, 330.0])
-    assert judged[-1]["z"] > 2.5 > judged[1]["z"]
-    assert inspect_zoo.with_peers(rows[:3])[0]["z"] == ""
+    assert judged[-1]["p"] == peer_p(60.0, [310.0, 320.0, 330.0])
+    assert judged[-1]["p"] < 0.01 < judged[1]["p"]
+    assert inspect_zoo.with_peers(rows[:3])[0]["p"] == ""

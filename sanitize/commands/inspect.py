@@ -145,7 +145,7 @@ def _fingerprints(encoder: EncoderSpec, peers: Sequence[EncoderSpec]) -> list[st
     """Of the encoder and its peers, in order. Raises ConfigError before any work when they cannot be compared."""
     if 0 < len(peers) < MIN_PEERS:
         raise ConfigError(
-            f"{len(peers)} peer(s) given: a median and its spread need at least {MIN_PEERS}. Give more with --peer, or none."
+            f"{len(peers)} peer(s) given: how clean encoders differ takes at least {MIN_PEERS}. Give more with --peer, or none."
         )
     compared = ("architecture", "width", "stem_stride", "image_size")
     for number, peer in enumerate(peers, start=1):

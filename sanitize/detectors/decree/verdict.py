@@ -1,17 +1,18 @@
 """How large must the smallest trigger be? The verdict on an encoder, from its inversion and those of clean peers."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import median_abs_deviation
+from scipy.stats import t as student_t
 
 from sanitize.detectors.decree.inversion import Inversion
-from sanitize.stages.thresholds import MAD_TO_DEVIATION
 
 MIN_PEERS = 3
 P_L1_THRESHOLD = 0.1  # seen in reproductions of the paper's plots, not in its code
-Z_THRESHOLD = 2.5
+P_THRESHOLD = 0.01  # of clean encoders that are called trojaned for their peers' sake
+SPREAD = 0.05  # of log L1, at least: no two trainings agree better
 WEAK = (
     f"weak evidence: a fixed threshold ({P_L1_THRESHOLD}) transfers only within one architecture and pre-training corpus. "
     f"Give at least {MIN_PEERS} clean encoders of this architecture with --peer."
@@ -20,22 +21,22 @@ WEAK = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """verdict: trojaned, clean, or undecided (DECREE does not apply). z: None without peers. reason: one sentence."""
+    """verdict: trojaned, clean, or undecided (DECREE does not apply). p: see `peer_p`, None without peers. reason: one sentence."""
 
     verdict: str
     rule: str  # peers, fixed or none
-    z: float | None
+    p: float | None
     reason: str
 
 
-def peer_z(l1: float, peers: Sequence[float]) -> float:
-    """(median - L1) / (1.4826 MAD) over clean peers: high when the trigger is smaller than theirs.
+def peer_p(l1: float, peers: Sequence[float]) -> float:
+    """How probable a trigger this small or smaller is of one more clean encoder: Student's prediction interval of log L1 over clean peers.
 
-    Peers of equal size leave no scale; it is then taken as 1e-9 of their median, so that z stays a number.
+    Peers closer together than SPREAD are taken to have that deviation.
     """
-    median = float(np.median(peers))
-    scale = MAD_TO_DEVIATION * float(median_abs_deviation(peers))
-    return (median - l1) / max(scale, 1e-9 * median, 1e-9)
+    logs = np.log(peers)
+    deviation = max(float(logs.std(ddof=1)), SPREAD) * math.sqrt(1 + 1 / len(logs))
+    return float(student_t.sf((logs.mean() - math.log(l1)) / deviation, len(logs) - 1))
 
 
 def verdict_on(inversion: Inversion, peers: Sequence[float | None], threshold: float) -> Verdict:
@@ -58,9 +59,9 @@ def verdict_on(inversion: Inversion, peers: Sequence[float | None], threshold: f
         )
     sizes = [size for size in peers if size is not None]
     if len(sizes) >= MIN_PEERS:
-        z = peer_z(best.l1, sizes)
-        compared = f"z = {z:.2f} against {len(sizes)} clean peers (median L1 {np.median(sizes):.1f}), flagged above {Z_THRESHOLD}"
-        return Verdict("trojaned" if z > Z_THRESHOLD else "clean", "peers", z, compared)
+        p = peer_p(best.l1, sizes)
+        compared = f"p = {p:.2g} against {len(sizes)} clean peers (median L1 {np.median(sizes):.1f}), flagged below {P_THRESHOLD}"
+        return Verdict("trojaned" if p < P_THRESHOLD else "clean", "peers", p, compared)
     flagged = best.p_l1 < P_L1_THRESHOLD
     return Verdict(
         "trojaned" if flagged else "clean",
