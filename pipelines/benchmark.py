@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -305,24 +305,20 @@ def clean_scans(config: BenchmarkConfig) -> list[Row]:
     return rows
 
 
-def write_plots(config: BenchmarkConfig, folder: Path, rows: Sequence[Row]) -> None:
-    """Of the first auxiliary set and seed, balanced pools; in the curves the detectors of `config.curves`."""
+def write_curves(config: BenchmarkConfig, markdown_page: str) -> None:
+    """Plots beside the page of the first auxiliary set and seed, balanced pools; in the ROC the detectors of `config.curves`."""
     pools: dict[str, dict[str, tuple[Floats, NDArray[np.bool_]]]] = {}
     for name, values in config.victims.items():
         victim = load_victim(config, name, values)
-        aux = next(iter(victim.auxiliary))
+        aux, seed = next(iter(victim.auxiliary)), config.seeds[0]
         pools[name] = {
-            key: PoolScores(config, victim, "backdoored", aux, config.seeds[0], key, config.detectors[key]).pool(
-                BALANCED
-            )
+            key: PoolScores(config, victim, "backdoored", aux, seed, key, config.detectors[key]).pool(BALANCED)
             for key in dict.fromkeys([config.default, *config.curves])
         }
-    stem = Path(config.table).stem
-    benchmark_page.write_roc(folder / f"{stem}_roc.png", pools)
-    benchmark_page.write_histograms(
-        folder / f"{stem}_scores.png", {name: found[config.default] for name, found in pools.items()}
-    )
-    benchmark_page.write_cost(folder / f"{stem}_cost.png", rows, rows[0]["aux"])
+    stem = Path(markdown_page).parent / "plots" / Path(config.table).stem
+    benchmark_page.write_roc(Path(f"{stem}_roc.png"), pools)
+    shown = {name: found[config.default] for name, found in pools.items()}
+    benchmark_page.write_histograms(Path(f"{stem}_scores.png"), shown)
 
 
 @click.command()
@@ -338,12 +334,16 @@ def main(config: str, markdown_page: str) -> None:
                 frontier.publish(settings, rows, markdown_page)
             elif markdown_page:
                 page.replace(markdown_page, settings.section, benchmark_page.summary(rows, rows[0]["aux"]))
+                if settings.curves:
+                    write_curves(settings, markdown_page)
             return
         page.write_csv(settings.table.replace(".csv", "_by_class.csv"), by_class(settings))
         page.write_csv(settings.table.replace(".csv", "_clean_scans.csv"), clean_scans(settings))
         if markdown_page:
             page.replace(markdown_page, f"balanced {rows[0]['aux']}", benchmark_page.summary(rows, rows[0]["aux"]))
-            write_plots(settings, Path(markdown_page).parent / "plots", rows)
+            write_curves(settings, markdown_page)
+            cost = Path(markdown_page).parent / "plots" / f"{Path(settings.table).stem}_cost.png"
+            benchmark_page.write_cost(cost, rows, rows[0]["aux"])
 
 
 if __name__ == "__main__":

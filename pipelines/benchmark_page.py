@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
@@ -37,10 +38,21 @@ def _cell(rows: Sequence[Row]) -> str:
 # ---------------------------------------------------------------- plots
 
 
+def _panels(count: int, height: int) -> tuple[Figure, list[Axes]]:
+    """Up to four in a row."""
+    columns = min(count, 4)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(4 * columns, height * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for empty in panels[count:]:
+        empty.remove()
+    return figure, panels[:count]
+
+
 def write_roc(path: Path, pools: Mapping[str, Mapping[str, Pool]]) -> None:
     """One panel for each attack: TPR over FPR (logarithmic) of every detector. pools: attack → detector → scores and truth."""
-    figure = Figure(figsize=(4 * len(pools), 4), layout="constrained")
-    for axes, (attack, detectors) in zip(np.atleast_1d(figure.subplots(1, len(pools))), pools.items(), strict=True):
+    figure, panels = _panels(len(pools), height=4)
+    for axes, (attack, detectors) in zip(panels, pools.items(), strict=True):
         for name, (scores, truth) in detectors.items():
             fpr, tpr, _ = roc_curve(truth, scores, drop_intermediate=False)
             axes.plot(np.maximum(fpr, 1e-4), tpr, label=name)
@@ -53,11 +65,9 @@ def write_roc(path: Path, pools: Mapping[str, Mapping[str, Pool]]) -> None:
 
 def write_histograms(path: Path, pools: Mapping[str, Pool]) -> None:
     """One panel for each attack: scores of clean and of triggered images by the default detector."""
-    figure = Figure(figsize=(4 * len(pools), 3), layout="constrained")
-    for axes, (attack, (scores, truth)) in zip(
-        np.atleast_1d(figure.subplots(1, len(pools))), pools.items(), strict=True
-    ):
-        bins = np.geomspace(max(scores.min(), 0.1), scores.max(), 60)
+    figure, panels = _panels(len(pools), height=3)
+    for axes, (attack, (scores, truth)) in zip(panels, pools.items(), strict=True):
+        bins: list[float] = np.geomspace(max(scores.min(), 0.1), scores.max(), 60).tolist()
         axes.hist([scores[~truth], scores[truth]], bins, histtype="stepfilled", alpha=0.6, label=["clean", "triggered"])
         axes.set(xscale="log", title=attack, xlabel="score")
     figure.axes[-1].legend()

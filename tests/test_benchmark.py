@@ -90,12 +90,10 @@ def test_every_detector_gets_a_row_for_every_auxiliary_set_and_rate_and_the_page
     }
     assert all(r["images"] == 60 and 0 <= r["low"] <= r["removed"] <= r["high"] <= 1 for r in clean)
     assert benchmark_page.summary(rows, "id").count("| reaction |") == 1
-    benchmark.write_plots(study, tmp_path / "plots", rows)
-    assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == [
-        "table_cost.png",
-        "table_roc.png",
-        "table_scores.png",
-    ]
+    benchmark.write_curves(study, str(tmp_path / "page.md"))
+    assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == ["table_roc.png", "table_scores.png"]
+    benchmark_page.write_cost(tmp_path / "cost.png", rows, "id")
+    assert (tmp_path / "cost.png").stat().st_size > 1000
 
 
 def test_a_smaller_study_writes_its_own_section_of_the_page_only(study, tmp_path):
