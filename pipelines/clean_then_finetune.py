@@ -180,7 +180,7 @@ def _fit(config: PipelineConfig, encoder: EncoderSpec) -> str:
 
 def _scan(config: PipelineConfig, name: str, shards: tuple[str, ...], detector: str, **changes: Any) -> ScanResult:
     fitted = storage.file_sha256(storage.join(detector, "detector.json"))
-    out = _folder(config, name, config.scan, changes, fitted, identity(shards))
+    out = _folder(config, name, config.scan, changes, detector.rsplit("/", 1)[-1], fitted, identity(shards))
     values = config.scan | changes | {"shards": shards, "detector": detector, "out": out} | _placement(config)
     result = scan(from_mapping(ScanConfig, values, "scan"))
     for message in result.failed:

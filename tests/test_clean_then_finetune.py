@@ -97,12 +97,18 @@ def test_running_again_changes_nothing_and_a_changed_setting_repeats_only_what_d
     assert added == {"poisoned", "cleaned", "oracle"}
 
 
-def test_the_detector_can_be_fitted_to_what_training_made_of_the_encoder(settings, tmp_path):
+def test_the_detector_can_be_fitted_to_what_training_made_of_the_encoder_which_is_the_reference_then(
+    settings, encoder_yaml, tmp_path
+):
     full = {"mode": "full", "epochs": 1, "batch_size": 32, "precision": "fp32", "target": 3}
     report = run(settings(suspect="trained", finetune=full))
     trained = report.arms["poisoned"].out + "/encoder.safetensors"
-    detector = json.loads(next((tmp_path / "out").glob("detector-*/detector.json")).read_text())
-    assert detector["encoder"]["weights"] == trained
+    fitted = json.loads(next((tmp_path / "out").glob("detector-*/fit.json")).read_text())
+    assert fitted["encoder"]["weights"] == trained
+    assert fitted["reference"]["weights"] == str(encoder_yaml.parent / "encoder.safetensors")
+    run(settings(suspect="trained", finetune=full, fit=FIT | {"reference": None}))
+    fits = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("detector-*/fit.json")]
+    assert sorted(bool(fit["reference"]) for fit in fits) == [False, True]
 
 
 def test_a_rejected_image_is_an_error_and_no_success_of_the_attack(settings):
