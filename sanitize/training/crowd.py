@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sanitize.stages.agreement import alike
+from sanitize.stages.thresholds import MAD_TO_DEVIATION
 
 NEIGHBOURS = 32  # views of other images, to the farthest of which distances are measured
 OUTLYING = 5.0  # robust deviations of the logarithm of that distance
@@ -43,7 +45,7 @@ def find_crowd(targets: Tensor, image_hashes: Tensor) -> Crowd | None:
         return None
     distances = _nearest(flat, flat, NEIGHBOURS, hashes).clamp(min=1e-6)
     logs = distances.log()
-    deviation = 1.4826 * (logs - logs.median()).abs().median()
+    deviation = MAD_TO_DEVIATION * (logs - logs.median()).abs().median()
     crowded = (logs < logs.median() - OUTLYING * deviation).unflatten(0, (count, views))
     came = crowded[:, 1:] & ~crowded[:, :1]
     if int(came.sum()) < max(NEIGHBOURS, FEWEST * came.numel()):
@@ -51,7 +53,7 @@ def find_crowd(targets: Tensor, image_hashes: Tensor) -> Crowd | None:
     return Crowd(targets[:, 1:][came], float(distances.median()), float(came.float().mean()))
 
 
-def _nearest(targets: Tensor, points: Tensor, number: int, hashes: np.ndarray | None = None) -> Tensor:
+def _nearest(targets: Tensor, points: Tensor, number: int, hashes: NDArray[np.uint64] | None = None) -> Tensor:
     """(N,) distance to the number-th nearest point. hashes (N,) uint64, of targets and points alike: those of images that look alike do
     not count; infinite where too few are left."""
     found = []
